@@ -1,0 +1,187 @@
+"""`xded corpus`: import, describe, check, synthesise, simulate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from xded.errors import EXIT_FINDINGS
+
+if TYPE_CHECKING:
+    from xded.corpus.checks import Candidate, Report, Row
+
+ROWS_SHOWN = 10
+
+app = typer.Typer(no_args_is_help=True, help="Import, describe, check, synthesise or simulate a corpus.")
+importer = typer.Typer(no_args_is_help=True)
+app.add_typer(
+    importer,
+    name="import",
+    help="Check every recording of a corpus once and write a manifest that points to the files (audio is not copied). "
+    "Exit code 3 when files were rejected; check.jsonl names each.\n\n"
+    "Example: xded corpus import fsdd data/fsdd --out corpora/fsdd",
+)
+
+Out = Annotated[Path, typer.Option(help="Folder for manifest.jsonl and check.jsonl.")]
+Controls = Annotated[str, typer.Option(help="Control speakers, separated by commas.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a manifest that is already there.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+CorpusPath = Annotated[Path, typer.Argument(help="Manifest, or the folder that holds manifest.jsonl.")]
+
+
+@importer.command("uaspeech")
+def import_uaspeech(
+    source: Annotated[Path, typer.Argument(help="UASpeech folder, with 'audio' in it.")],
+    out: Out,
+    wordlist: Annotated[Path | None, typer.Option(help="speaker_wordlist.xls, when it lies elsewhere.")] = None,
+    controls: Controls = "",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Import UASpeech: <speaker>/<speaker>_<block>_<word>_<mic>.wav; CF* and CM* are controls.
+
+    Example: xded corpus import uaspeech /data/UASpeech --out corpora/uaspeech
+    """
+    from xded.corpus import uaspeech
+
+    _import(uaspeech.find(_absolute(source), wordlist), source, out, controls, overwrite, as_json)
+
+
+@importer.command("fsdd")
+def import_fsdd(
+    source: Annotated[Path, typer.Argument(help="Folder with {digit}_{speaker}_{index}.wav.")],
+    out: Out,
+    controls: Controls = "",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Import the Free Spoken Digit Dataset (8 kHz; resampled when it is read).
+
+    Example: xded corpus import fsdd data/fsdd --out corpora/fsdd
+    """
+    from xded.corpus import fsdd
+
+    _import(fsdd.find(_absolute(source)), source, out, controls, overwrite, as_json)
+
+
+@importer.command("nemo")
+def import_nemo(
+    source: Annotated[Path, typer.Argument(help="NeMo manifest (JSON lines).")],
+    out: Out,
+    speaker_key: Annotated[str, typer.Option(help="Key that names the speaker.")] = "speaker",
+    controls: Controls = "",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Import a NeMo manifest; keys of our own (take, prompt, role, band ...) are kept where it has them.
+
+    Example: xded corpus import nemo data/asc16/recordings.jsonl --out corpora/asc16 --controls 01,02,03,04,05,06
+    """
+    from xded.corpus import nemo_manifest
+
+    _import(nemo_manifest.find(_absolute(source), speaker_key), source, out, controls, overwrite, as_json)
+
+
+@importer.command("folders")
+def import_folders(
+    source: Annotated[Path, typer.Argument(help="Folder with one folder per speaker.")],
+    out: Out,
+    texts: Annotated[
+        Path | None, typer.Option(help="Text of every prompt: JSON {prompt: text}, or JSON lines with prompt and text.")
+    ] = None,
+    controls: Controls = "",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Import <speaker>/<word>_<take>.flac (or .wav) folders.
+
+    Example: xded corpus import folders data/words --out corpora/words --controls anna,ben
+    """
+    from xded.corpus import speaker_folders
+
+    _import(speaker_folders.find(_absolute(source), texts), source, out, controls, overwrite, as_json)
+
+
+@app.command("describe")
+def describe_corpus(corpus: CorpusPath, as_json: Json = False) -> None:
+    """Who, how many takes and prompts, hours, sample rates, bands, what is missing.
+
+    Example: xded corpus describe corpora/uaspeech --json
+    """
+    from xded.corpus.describe import describe, render
+    from xded.corpus.manifest import read_corpus
+
+    description = describe(read_corpus(corpus))
+    if as_json:
+        _print_json(description)
+    else:
+        from rich.console import Console
+
+        Console(highlight=False).print(render(description), soft_wrap=True)
+
+
+@app.command("check")
+def check_recordings(corpus: CorpusPath, as_json: Json = False) -> None:
+    """Check every recording of a corpus again, SHA-256 included; nothing is written. Exit code 3 on rejects.
+
+    Example: xded corpus check corpora/fsdd
+    """
+    from xded.corpus.checks import check_corpus
+    from xded.corpus.manifest import read_corpus
+
+    read = read_corpus(corpus)
+    _report(check_corpus(read), str(read.path), as_json)
+
+
+def _import(
+    found: tuple[list[Candidate], list[Row]], source: Path, out: Path, controls: str, overwrite: bool, as_json: bool
+) -> None:
+    """Checks what an importer found, writes manifest and report, and prints a summary."""
+    from xded.corpus.checks import check, refuse_existing, store, with_controls
+
+    if not overwrite:
+        refuse_existing(out)
+    candidates, rows = found
+    names = [name.strip() for name in controls.split(",") if name.strip()]
+    report = check(with_controls(candidates, names, str(source)), rows)
+    _report(report, str(store(report, out, overwrite=overwrite)), as_json)
+
+
+def _report(report: Report, manifest: str, as_json: bool) -> None:
+    """Prints what a check found; exit code 3 when anything was rejected."""
+    rows = [{**vars(row), "audio_filepath": str(row.audio_filepath)} for row in report.rows]
+    if as_json:
+        _print_json({"manifest": manifest, **report.summary(), "rows": rows})
+    else:
+        counts = [
+            f"{len(found)} {status}" + (f" ({_kinds(report.summary()[key])})" if found else "")
+            for status, key, found in (
+                ("rejected", "rejected", report.rejected),
+                ("with a warning", "warnings", report.warnings),
+            )
+        ]
+        typer.echo(f"{manifest}: {len(report.kept)} recordings are good, {', '.join(counts)}.")
+        for row in rows[:ROWS_SHOWN]:
+            typer.echo(f"  {row['status']}: {row['reason']} {row['remedy']}")
+        if len(rows) > ROWS_SHOWN:
+            typer.echo(f"  and {len(rows) - ROWS_SHOWN} more (an import writes all of them to check.jsonl)")
+    if report.rejected:
+        raise typer.Exit(EXIT_FINDINGS)
+
+
+def _kinds(counts: dict[str, int]) -> str:
+    return ", ".join(f"{number} {kind}" for kind, number in counts.items())
+
+
+def _print_json(data: object) -> None:
+    import json
+
+    typer.echo(json.dumps(data, ensure_ascii=False, indent=1))
+
+
+def _absolute(path: Path) -> Path:
+    from xded.corpus.manifest import absolute
+
+    return absolute(path)

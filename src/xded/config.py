@@ -1,0 +1,312 @@
+"""One tree of frozen models: YAML file, command-line flags, JSON schema and documentation come from here."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from xded.errors import ConfigError
+
+Aggregation = Literal["prob_mean", "logprob_mean", "logit_mean"]
+Weighting = Literal["uniform", "reliability", "confidence", "band"]
+Heard = Literal["same_audio", "same_prompt"]
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FeatureConfig(Section):
+    """Log-mel front end; the defaults are those of NeMo's Conformer-CTC models."""
+
+    sample_rate: int = Field(16_000, description="Hz; recordings at another rate are resampled when they are read")
+    mels: int = Field(80, description="mel bands", ge=8)
+    window_s: float = Field(0.025, description="analysis window, seconds")
+    hop_s: float = Field(0.010, description="step between frames, seconds")
+    n_fft: int = Field(512, description="FFT size, samples")
+    preemphasis: float = Field(0.97, description="first-order pre-emphasis coefficient; 0 switches it off")
+    normalisation: Literal["per_recording", "global"] = Field(
+        "per_recording",
+        description="mean and standard deviation per mel: of each recording (NeMo), or of the training recordings",
+    )
+
+
+class AugmentConfig(Section):
+    """Changes to training features. All but `tempo` keep the time axis, as cached CTC targets need."""
+
+    frequency_masks: int = Field(2, description="SpecAugment frequency masks per recording", ge=0)
+    frequency_mask_width: int = Field(12, description="widest frequency mask, mel bands", ge=0)
+    time_masks: int = Field(2, description="SpecAugment time masks per recording", ge=0)
+    time_mask_share: float = Field(0.08, description="widest time mask, share of the recording", ge=0, le=1)
+    mel_warp: float = Field(0.12, description="largest stretch of the mel axis (vocal-tract length), share", ge=0, lt=1)
+    noise: float = Field(0.1, description="standard deviation of Gaussian noise on normalised features", ge=0)
+    tempo: float = Field(0.0, description="largest stretch of the time axis, share; not with CTC targets", ge=0, lt=1)
+
+
+class TokenizerConfig(Section):
+    """How prompts become token ids."""
+
+    path: Path | None = Field(None, description="SentencePiece model to load; none: one is trained on the prompts")
+    kind: Literal["char", "bpe", "unigram"] = Field("char", description="kind of model to train")
+    vocabulary: int = Field(64, description="largest number of pieces to train", ge=5)
+    normaliser: Literal["upper", "lower", "upper_no_punctuation", "lower_no_punctuation"] = Field(
+        "upper", description="what is done to a text before it is encoded or compared"
+    )
+
+
+class ModelConfig(Section):
+    """Student, parent and teacher: Conformer encoder, CTC head, attention decoder."""
+
+    size: Literal["micro", "tiny", "small", "base"] | None = Field(
+        "tiny", description="named size; a field given beside it wins over the size's value"
+    )
+    width: int = Field(88, description="D, width of the encoder and the decoder", ge=8)
+    encoder_layers: int = Field(4, description="Conformer layers", ge=1)
+    heads: int = Field(4, description="attention heads", ge=1)
+    kernel: int = Field(15, description="width of the depthwise convolution, frames (odd)", ge=3)
+    feed_forward_factor: int = Field(4, description="width of the feed-forward layers over D", ge=1)
+    subsampling_channels: int = Field(32, description="channels of the 4x subsampling convolutions", ge=1)
+    decoder_layers: int = Field(4, description="Transformer decoder layers", ge=1)
+    decoder_feed_forward: int = Field(192, description="width of the decoder's feed-forward layers", ge=8)
+    dropout: float = Field(0.1, description="dropout everywhere", ge=0, lt=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_size(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            size = data.get("size", "tiny")
+            return {**SIZES.get(size, {}), **data} if size is not None else data
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.kernel % 2 == 0:
+            raise ValueError(f"kernel {self.kernel} is even; an odd width keeps frames in place")
+        return self
+
+
+SIZES: dict[str, dict[str, int]] = {
+    # 0.3 M parameters: the demo's student
+    "micro": dict(width=64, encoder_layers=3, heads=4, kernel=15, feed_forward_factor=2,
+                  subsampling_channels=16, decoder_layers=1, decoder_feed_forward=128),
+    # under 1 M parameters
+    "tiny": dict(width=88, encoder_layers=4, heads=4, kernel=15, feed_forward_factor=2,
+                 subsampling_channels=24, decoder_layers=4, decoder_feed_forward=88),
+    # NeMo Conformer-CTC small, and the reference study's decoder
+    "small": dict(width=176, encoder_layers=16, heads=4, kernel=31, feed_forward_factor=4,
+                  subsampling_channels=176, decoder_layers=4, decoder_feed_forward=1024),
+    # NeMo Conformer-CTC medium
+    "base": dict(width=256, encoder_layers=18, heads=4, kernel=31, feed_forward_factor=4,
+                 subsampling_channels=256, decoder_layers=4, decoder_feed_forward=1024),
+}  # fmt: skip
+
+
+class FoldConfig(Section):
+    """Who is held out, who trains, and how training recordings are kept for choosing the best checkpoint."""
+
+    held_out: tuple[str, ...] = Field((), description="speakers of whom nothing may be heard before the test")
+    exclude: tuple[str, ...] = Field((), description="speakers left out altogether")
+    include_held_out: bool = Field(
+        False, description="train on half of the held-out speakers' takes too (a diagnostic, marked in every score)"
+    )
+    controls: bool = Field(True, description="train on the control speakers too")
+    validation: Literal["takes", "speakers"] = Field("takes", description="what validation keeps from training")
+    validation_fraction: float = Field(0.1, description="share of takes (or speakers) kept", ge=0, lt=1)
+
+
+class ObjectiveConfig(Section):
+    """Weights of the parts of the loss. With both KD weights 0 the run is supervised and needs no targets."""
+
+    ctc: float = Field(0.5, description="weight of CTC on the true text", ge=0)
+    cross_entropy: float = Field(0.5, description="weight of the decoder's cross-entropy on the true text", ge=0)
+    ctc_kd: float = Field(0.0, description="weight of CTC-KD", ge=0)
+    decoder_kd: float = Field(0.0, description="weight of decoder-KD", ge=0)
+    temperature: float = Field(2.0, description="T of the targets", gt=0)
+    blank_threshold: float = Field(0.95, description="frames that every teacher calls blank are dropped above", gt=0)
+    label_smoothing: float = Field(0.0, description="label smoothing of the cross-entropy", ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.ctc + self.cross_entropy <= 0:
+            raise ValueError("ground truth has no weight: set ctc or cross_entropy above 0")
+        return self
+
+
+class TargetConfig(Section):
+    """How teachers' posteriors are made and aggregated."""
+
+    heard: Heard = Field("same_audio", description="which audio the teachers heard")
+    aggregation: Aggregation = Field("logprob_mean", description="mean over teachers")
+    weighting: Weighting = Field("uniform", description="weight of each teacher")
+    coverage: Literal["strict", "partial", "all"] = Field(
+        "all", description="recordings kept: those that all teachers cover, at least min_teachers, or any"
+    )
+    min_teachers: int = Field(10, description="with coverage partial", ge=1)
+    top_k: int = Field(32, description="entries kept of each posterior; the rest is one mass", ge=1)
+
+
+class StageConfig(Section):
+    """One stage of training: how long, at which peak learning rate, with what frozen."""
+
+    epochs: int = Field(35, ge=1, description="epochs of this stage (not counted from the start of the run)")
+    peak_lr: float = Field(2e-4, gt=0, description="highest learning rate")
+    freeze_encoder: bool = Field(False, description="encoder in eval mode, its outputs computed once and reused")
+
+
+class TrainConfig(Section):
+    """The one training loop."""
+
+    stages: tuple[StageConfig, ...] = Field(
+        (StageConfig(epochs=5, peak_lr=3e-4, freeze_encoder=True), StageConfig(epochs=35, peak_lr=2e-4)),
+        description="run one after the other; a frozen stage needs an initialised encoder",
+        min_length=1,
+    )
+    init: Path | None = Field(None, description="checkpoint to start from (the parent); none: from scratch")
+    freeze_layers: int = Field(0, description="first encoder layers that never move (with the subsampling)", ge=0)
+    batch_size: int = Field(8, description="recordings in a batch", ge=1)
+    accumulate: int = Field(1, description="batches per update", ge=1)
+    warmup_steps: int = Field(
+        2_000, description="updates of linear warm-up per stage, capped at 10 % of the stage", ge=0
+    )
+    decay: Literal["constant", "cosine", "noam"] = Field("cosine", description="learning rate after the warm-up")
+    weight_decay: float = Field(1e-2, description="of AdamW", ge=0)
+    gradient_clip: float = Field(1.0, description="largest norm of the gradient", gt=0)
+    validate_every_epochs: int = Field(1, description="epochs between validations", ge=1)
+    save_every_steps: int = Field(200, description="updates between rewrites of latest.pt", ge=1)
+    checkpoint_every_epochs: int = Field(10, description="epochs between kept checkpoints", ge=1)
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    precision: str = Field("32-true", description="Lightning precision: 32-true, bf16-mixed, 16-mixed")
+    threads: int | None = Field(None, description="torch threads; none: torch's own choice", ge=1)
+
+
+class TeachConfig(Section):
+    """Parent and teachers."""
+
+    parent_on: Literal["controls", "fold", "both"] = Field(
+        "both", description="who the parent hears: control speakers, the fold's target speakers, or both"
+    )
+    parent: TrainConfig = Field(
+        TrainConfig(stages=(StageConfig(epochs=40, peak_lr=1e-3),)), description="training of the parent"
+    )
+    teacher: TrainConfig = Field(
+        TrainConfig(stages=(StageConfig(epochs=20, peak_lr=3e-4),)), description="adaptation of each teacher"
+    )
+
+
+class DecodeConfig(Section):
+    """How outputs become text."""
+
+    mode: Literal["ctc", "decoder"] = Field("ctc", description="head that is decoded")
+    beam: int = Field(1, description="beam width; 1 is greedy", ge=1)
+    max_length: int = Field(20, description="most tokens the decoder may write", ge=1)
+    word_list: bool = Field(False, description="score every listed word with both heads and take the best")
+    ctc_weight: float = Field(0.5, description="weight of the CTC head in word-list scoring", ge=0, le=1)
+    batch_size: int = Field(32, description="recordings decoded together", ge=1)
+
+
+class Config(Section):
+    """Everything that a run depends on besides the corpus."""
+
+    corpus: Path | None = Field(None, description="manifest (JSON lines) or the folder that holds it")
+    targets: Path | None = Field(None, description="folder of aggregated targets")
+    seed: int = Field(0, description="of initialisation, order, dropout and augmentation", ge=0)
+    fold: FoldConfig = FoldConfig()
+    features: FeatureConfig = FeatureConfig()
+    augment: AugmentConfig = AugmentConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    model: ModelConfig = ModelConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    target: TargetConfig = TargetConfig()
+    train: TrainConfig = TrainConfig()
+    teach: TeachConfig = TeachConfig()
+    decode: DecodeConfig = DecodeConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.objective.ctc_kd and self.target.heard == "same_prompt":
+            raise ValueError("ctc_kd needs heard: same_audio (frames of different recordings do not line up)")
+        if self.objective.ctc_kd and self.augment.tempo:
+            raise ValueError("augment.tempo moves frames away from cached CTC targets; set it to 0 with ctc_kd")
+        return self
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    """Field names of the section that an error location points into."""
+    section: Any = Config
+    for part in location[:-1]:
+        if isinstance(part, int):
+            section = StageConfig
+            continue
+        field = section.model_fields.get(part)
+        section = field.annotation if field is not None else None
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            section = StageConfig if part == "stages" else None
+        if section is None:
+            return []
+    return list(section.model_fields)
+
+
+def build(data: Mapping[str, Any], where: str) -> Config:
+    """Validates a mapping into a `Config`.
+
+    Raises:
+        ConfigError: naming every wrong value, its place in `where`, and the nearest known key.
+    """
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        problems = []
+        for item in error.errors():
+            place = ".".join(str(part) for part in item["loc"])
+            if item["type"] == "extra_forbidden":
+                near = difflib.get_close_matches(str(item["loc"][-1]), _known_keys(item["loc"]), 1)
+                problems.append(f"unknown key '{place}'" + (f" (did you mean '{near[0]}'?)" if near else ""))
+            else:
+                message = item["msg"].removeprefix("Value error, ")
+                problems.append(f"{place or 'config'}: {message} (given: {item.get('input')!r:.80})")
+        raise ConfigError(
+            f"{where}: " + "; ".join(problems) + ".", "Run 'xded train --help-config' for every key and its default."
+        ) from error
+
+
+def load(path: Path) -> Config:
+    """Reads a YAML config; relative paths in it are taken from the working folder."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such config file.", "Check the path given with --config.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}.", "Mend the line that is named.") from error
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{path} holds no mapping of sections.", "Start from a run's config.yaml.")
+    return build(data, str(path))
+
+
+def override(config: Config, changes: Mapping[str, Any], where: str = "the command line") -> Config:
+    """A config with dotted keys (`train.batch_size`) replaced; `None` values are skipped."""
+    data = config.model_dump()
+    if changes.get("model.size") is not None:
+        data["model"] = {}  # a new size brings its own numbers; only fields given beside it are kept
+    for key, value in changes.items():
+        if value is None:
+            continue
+        *parents, last = key.split(".")
+        section = data
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[last] = value
+    return build(data, where)
+
+
+def to_yaml(config: Config) -> str:
+    """The whole tree, defaults included, as YAML that `load` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

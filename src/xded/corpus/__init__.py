@@ -1,0 +1,1 @@
+"""Recordings: the manifest, importers, checks, the synthetic corpus, the dysarthria simulator, folds."""

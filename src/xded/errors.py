@@ -1,0 +1,58 @@
+"""Errors for people: the value, the place, what was expected, what to do next."""
+
+from __future__ import annotations
+
+EXIT_OK = 0
+EXIT_FAILURE = 1  # something went wrong that no argument could have prevented (disk full, NaN loss)
+EXIT_USAGE = 2  # an argument, a config or an input file is wrong
+EXIT_FINDINGS = 3  # the command worked and found problems in what it looked at
+EXIT_INTERRUPTED = 130
+
+
+class XdedError(Exception):
+    """An error with a remedy. `exit_code` is what the command line returns for it.
+
+    Args:
+        problem: one sentence: what is wrong, with the value and the place.
+        remedy: one sentence: what to do next, a command where there is one.
+    """
+
+    exit_code = EXIT_USAGE
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(problem, remedy)
+        self.problem = problem
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.problem} {self.remedy}"
+
+
+class CorpusError(XdedError):
+    """A manifest, a corpus folder or a recording cannot be used."""
+
+
+class LeakageError(XdedError):
+    """Material of a held-out speaker reached something that must not have heard it."""
+
+
+class TokenizerError(XdedError):
+    """Words that the tokenizer cannot write, or a tokenizer that does not belong to the model."""
+
+
+class ConfigError(XdedError):
+    """A config value is missing, unknown or contradicts another."""
+
+
+class CheckpointError(XdedError):
+    """A checkpoint is damaged, missing or of another make."""
+
+
+class ScoringError(XdedError):
+    """Predictions or scores that cannot be read, scored or compared."""
+
+
+class TrainingError(XdedError):
+    """Training had to stop: the loss is not finite, the disk is full."""
+
+    exit_code = EXIT_FAILURE

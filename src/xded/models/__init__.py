@@ -1,0 +1,1 @@
+"""Recognisers: Conformer encoder, attention decoder, and the student that joins them."""

@@ -1,0 +1,148 @@
+"""Checkpoints that survive kills, full disks and bit rot: atomic, hashed, loaded with `weights_only=True`.
+
+A checkpoint is one `.pt` file; its SHA-256 lies beside it in `<name>.sha256`, written last. `latest.pt`
+keeps its predecessor as `latest.previous.pt`.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+
+from xded.errors import CheckpointError, TrainingError
+
+PREFIX = "student."  # of the recogniser inside Lightning's state dict
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sidecar(path: Path) -> Path:
+    """Where a checkpoint's hash is kept."""
+    return path.with_name(path.name + ".sha256")
+
+
+def previous(path: Path) -> Path:
+    """Where the predecessor of `latest.pt` is kept."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def _write_durably(path: Path, write: Any) -> None:
+    with path.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def save(payload: Mapping[str, Any], path: Path, *, keep_previous: bool = False) -> None:
+    """Writes a checkpoint so that `path` is at every moment a whole one.
+
+    Raises:
+        TrainingError: the disk is full; what was there before is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        _write_durably(temporary, lambda file: torch.save(dict(payload), file))
+        digest = sha256_of(temporary)
+        hash_temporary = sidecar(temporary)
+        _write_durably(hash_temporary, lambda file: file.write(digest.encode()))
+    except (OSError, RuntimeError) as error:
+        needed = temporary.stat().st_size if temporary.exists() else 0
+        temporary.unlink(missing_ok=True)
+        sidecar(temporary).unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or free < 2 * needed + 2**20:
+            raise TrainingError(
+                f"The disk is full: {path} could not be written ({free / 2**20:.0f} MB free).",
+                "The last good checkpoint is untouched. Free some space and go on with --resume.",
+            ) from error
+        raise
+    if keep_previous and path.exists():
+        if sidecar(path).exists():
+            sidecar(path).replace(sidecar(previous(path)))
+        path.replace(previous(path))
+    sidecar(path).unlink(missing_ok=True)
+    temporary.replace(path)
+    hash_temporary.replace(sidecar(path))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint, checked against its hash.
+
+    Raises:
+        CheckpointError: it is missing, damaged or no checkpoint of this project.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint.", "List a run's checkpoints with 'xded status RUN'.")
+    digest = sidecar(path)
+    if digest.is_file() and digest.read_text().strip() != sha256_of(path):
+        raise CheckpointError(
+            f"{path} is damaged: its SHA-256 is not the one in {digest.name}.",
+            "Use another checkpoint of the run ('xded status RUN' lists them).",
+        )
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for a damaged or foreign file
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}.",
+            "Use another checkpoint of the run ('xded status RUN' lists them).",
+        ) from error
+    missing = {"model_state_dict", "config"} - set(payload) if isinstance(payload, dict) else {"model_state_dict"}
+    if missing:
+        raise CheckpointError(
+            f"{path} is no checkpoint of xded: it has no {' and no '.join(sorted(missing))}.",
+            "Give a .pt file of an xded run.",
+        )
+    return payload
+
+
+def load_latest(folder: Path) -> tuple[dict[str, Any], str | None]:
+    """`latest.pt` of a run, or its predecessor when it is damaged.
+
+    Returns:
+        The checkpoint, and a warning that names the damaged file (or None).
+    """
+    latest = folder / "latest.pt"
+    try:
+        return load(latest), None
+    except CheckpointError as error:
+        if not previous(latest).is_file():
+            raise
+        return load(previous(latest)), f"{error.problem} Going on from {previous(latest).name}."
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Lightning's saving and loading through `save` and `load`, with this project's key names."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Writes what `trainer.save_checkpoint` collected; the run's own keys were added by the module."""
+        state = {key.removeprefix(PREFIX): value for key, value in checkpoint["state_dict"].items()}
+        left_out = {
+            "state_dict",
+            "loops",
+            "callbacks",
+            "lr_schedulers",
+        }  # position and schedule are pure functions of `batch`
+        kept = {key: value for key, value in checkpoint.items() if key not in left_out}
+        save({**kept, "model_state_dict": state}, Path(path), keep_previous=Path(path).name == "latest.pt")
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads a checkpoint."""
+        return load(Path(path))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Deletes a checkpoint and its hash."""
+        Path(path).unlink(missing_ok=True)
+        sidecar(Path(path)).unlink(missing_ok=True)

@@ -1,0 +1,213 @@
+"""Conformer encoder (Gulati et al. 2020, arXiv:2005.08100), laid out as NeMo's Conformer-CTC.
+
+Relative positions after Transformer-XL (Dai et al. 2019), 4x striding subsampling, macaron feed-forward
+layers, batch norm in the convolution module. Tensors are [B, T, D] throughout; point-wise convolutions
+are linear layers, which is the same arithmetic and faster.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xded.config import ModelConfig
+from xded.features import valid_mask
+
+
+class RecordingDropout(nn.Module):
+    """Dropout with one mask per recording and channel, shared by all frames.
+
+    Cheaper than a mask per frame (random numbers cost a tenth of a small step), and as strong
+    a regulariser (Gal & Ghahramani 2016, arXiv:1512.05287).
+    """
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, values: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        if not self.training or self.probability == 0.0:
+            return values
+        keep = 1.0 - self.probability
+        mask = torch.empty(values.shape[0], 1, values.shape[2], device=values.device, dtype=values.dtype)
+        return values * mask.bernoulli_(keep).div_(keep)
+
+
+class MaskedBatchNorm(nn.BatchNorm1d):
+    """Batch norm over the valid frames only, so that padding changes nothing in training either."""
+
+    def forward(self, values: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        """[B, T, D] and mask [B, T] -> [B, T, D], zero at padding."""
+        if not self.training:
+            scale = self.weight * torch.rsqrt(self.running_var + self.eps)  # type: ignore[operator]
+            return (values - self.running_mean) * scale + self.bias  # type: ignore[operator]
+        output = torch.zeros_like(values)
+        output[mask] = super().forward(values[mask]).to(output.dtype)
+        return output
+
+
+class Subsampling(nn.Module):
+    """Two 3x3 convolutions of stride 2 and a linear layer: a quarter of the frames (NeMo `striding`)."""
+
+    def __init__(self, mels: int, channels: int, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, channels, kernel_size=3, stride=2, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, stride=2, padding=1)
+        reduced = int(self.reduce(torch.tensor(mels)))
+        self.out = nn.Linear(channels * reduced, width)
+
+    @staticmethod
+    def reduce(lengths: Tensor) -> Tensor:
+        """Frames left of `lengths` frames."""
+        for _ in range(2):
+            lengths = torch.div(lengths - 1, 2, rounding_mode="floor") + 1
+        return lengths
+
+    def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, T, mels] -> [B, T/4, D] and the frames left [B]."""
+        hidden = F.relu(self.conv1(features[:, None]))
+        # what the first convolution wrote beyond the recording must not leak back through the second
+        half = torch.div(lengths - 1, 2, rounding_mode="floor") + 1
+        hidden = hidden * valid_mask(half, hidden.shape[2])[:, None, :, None]
+        hidden = F.relu(self.conv2(hidden))  # [B, C, T/4, mels/4]
+        return self.out(hidden.transpose(1, 2).flatten(2)), self.reduce(lengths)
+
+
+def relative_positions(frames: int, width: int, device: torch.device) -> Tensor:
+    """Sinusoids for the distances frames-1 .. -(frames-1): [1, 2 frames - 1, D]."""
+    distances = torch.arange(frames - 1, -frames, -1, device=device, dtype=torch.float32)
+    steps = torch.arange(0, width, 2, device=device, dtype=torch.float32)
+    angles = distances[:, None] * torch.exp(steps * -(math.log(10_000.0) / width))
+    return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[None, :, :width]
+
+
+class RelativeAttention(nn.Module):
+    """Multi-head self-attention with relative positions (Transformer-XL, section 3.3)."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.head_width = heads, width // heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+        self.position = nn.Linear(width, width, bias=False)
+        self.content_bias = nn.Parameter(torch.zeros(heads, self.head_width))
+        self.position_bias = nn.Parameter(torch.zeros(heads, self.head_width))
+        self.dropout = dropout
+
+    def _split(self, values: Tensor) -> Tensor:
+        return values.unflatten(2, (self.heads, self.head_width)).transpose(1, 2)  # [B, H, T, D/H]
+
+    def forward(self, values: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        """[B, T, D], [1, 2T-1, D] and mask [B, T] -> [B, T, D]."""
+        frames = values.shape[1]
+        query, key, value = (
+            self._split(self.query(values)),
+            self._split(self.key(values)),
+            self._split(self.value(values)),
+        )
+        position = self._split(self.position(positions))  # [1, H, 2T-1, D/H]
+        by_distance = torch.matmul(query + self.position_bias[:, None], position.transpose(2, 3))  # [B, H, T, 2T-1]
+        # relative shift: row i, column j must hold the distance i - j
+        padded = F.pad(by_distance, (1, 0)).view(*by_distance.shape[:2], 2 * frames, frames)
+        bias = padded[:, :, 1:].view_as(by_distance)[..., :frames] / math.sqrt(self.head_width)
+        bias = bias.masked_fill(~mask[:, None, None, :], -1e4)
+        attended = F.scaled_dot_product_attention(
+            query + self.content_bias[:, None],
+            key,
+            value,
+            attn_mask=bias,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Half-step feed-forward layer with Swish."""
+
+    def __init__(self, width: int, factor: int, dropout: float) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(width, width * factor)
+        self.linear2 = nn.Linear(width * factor, width)
+        self.dropout = RecordingDropout(dropout)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        return self.linear2(self.dropout(F.silu(self.linear1(values))))
+
+
+class Convolution(nn.Module):
+    """Gated point-wise, depth-wise, batch norm, Swish, point-wise."""
+
+    def __init__(self, width: int, kernel: int) -> None:
+        super().__init__()
+        self.pointwise1 = nn.Linear(width, 2 * width)
+        self.depthwise = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width)
+        self.norm = MaskedBatchNorm(width)
+        self.pointwise2 = nn.Linear(width, width)
+
+    def forward(self, values: Tensor, mask: Tensor) -> Tensor:
+        """[B, T, D] and mask [B, T] -> [B, T, D]."""
+        gated = F.glu(self.pointwise1(values), dim=2) * mask[:, :, None]
+        local = self.depthwise(gated.transpose(1, 2)).transpose(1, 2)
+        return self.pointwise2(F.silu(self.norm(local, mask)))
+
+
+class ConformerLayer(nn.Module):
+    """Feed-forward, attention, convolution, feed-forward, each with a residual; a layer norm at the end."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.norm_feed_forward1 = nn.LayerNorm(width)
+        self.feed_forward1 = FeedForward(width, config.feed_forward_factor, config.dropout)
+        self.norm_attention = nn.LayerNorm(width)
+        self.attention = RelativeAttention(width, config.heads, config.dropout)
+        self.norm_convolution = nn.LayerNorm(width)
+        self.convolution = Convolution(width, config.kernel)
+        self.norm_feed_forward2 = nn.LayerNorm(width)
+        self.feed_forward2 = FeedForward(width, config.feed_forward_factor, config.dropout)
+        self.norm_out = nn.LayerNorm(width)
+        self.dropout = RecordingDropout(config.dropout)
+
+    def forward(self, values: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        """[B, T, D], [1, 2T-1, D] and mask [B, T] -> [B, T, D]."""
+        values = values + 0.5 * self.dropout(self.feed_forward1(self.norm_feed_forward1(values)))
+        values = values + self.dropout(self.attention(self.norm_attention(values), positions, mask))
+        values = values + self.dropout(self.convolution(self.norm_convolution(values), mask))
+        values = values + 0.5 * self.dropout(self.feed_forward2(self.norm_feed_forward2(values)))
+        return self.norm_out(values)
+
+
+class Conformer(nn.Module):
+    """The encoder: features [B, T, mels] to encoded frames [B, T/4, D]."""
+
+    def __init__(self, config: ModelConfig, mels: int) -> None:
+        super().__init__()
+        self.width = config.width
+        self.subsampling = Subsampling(mels, config.subsampling_channels, config.width)
+        self.dropout = RecordingDropout(config.dropout)
+        self.layers = nn.ModuleList(ConformerLayer(config) for _ in range(config.encoder_layers))
+
+    def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Encodes a batch.
+
+        Args:
+            features: [B, T, mels], padded with zeros.
+            lengths: [B], valid frames.
+
+        Returns:
+            Encoded frames [B, T', D] (padding undefined) and the valid ones of each [B].
+        """
+        hidden, lengths = self.subsampling(features, lengths)
+        mask = valid_mask(lengths, hidden.shape[1])
+        positions = relative_positions(hidden.shape[1], self.width, hidden.device).to(hidden.dtype)
+        hidden = self.dropout(hidden * math.sqrt(self.width))
+        for layer in self.layers:
+            hidden = layer(hidden, positions, mask)
+        return hidden, lengths

@@ -1,0 +1,190 @@
+"""Top-k posteriors on disk: safetensors shards and an index.json that says what they are and of which audio.
+
+One folder holds one kind (`ctc` frames or `decoder` steps) of one teacher, or the aggregate of several.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.numpy import load_file, save_file
+
+from xded.corpus.folds import Provenance
+from xded.errors import XdedError
+
+Kind = Literal["ctc", "decoder"]
+RECORDINGS_PER_SHARD = 4_096
+FORMAT = 1
+
+
+class TargetError(XdedError):
+    """Posteriors or targets are missing, damaged, or of other audio, tokens or people."""
+
+
+class Entry(BaseModel):
+    """One recording in the index."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    recording: str
+    audio_sha256: str
+    steps: int  # T frames or U + 1 token steps
+    weight: dict[str, float] = {}  # of each teacher, for an aggregate
+    true_log_prob: float | None = None  # of the true text, a token, for one teacher
+
+
+class Index(BaseModel):
+    """Everything about a store but the numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    format: int = FORMAT
+    kind: Kind
+    temperature: float
+    top_k: int
+    vocabulary: int
+    frame_rate_hz: float | None  # None for decoder steps
+    teacher_forced: bool  # decoder posteriors follow the true text: they are targets, never predictions
+    tokenizer: str  # fingerprint
+    teachers: tuple[str, ...]
+    teacher_hashes: dict[str, str]  # SHA-256 of each teacher's checkpoint
+    heard: str = "same_audio"
+    aggregation: str | None = None
+    weighting: str | None = None
+    provenance: tuple[Provenance, ...]  # what the teachers and their parent have heard
+    recordings: tuple[Entry, ...] = ()
+
+    @property
+    def effective_teachers(self) -> float:
+        """Mean over recordings of (sum w)^2 / sum w^2."""
+        numbers = [
+            sum(e.weight.values()) ** 2 / sum(w * w for w in e.weight.values()) for e in self.recordings if e.weight
+        ]
+        return float(np.mean(numbers)) if numbers else 1.0
+
+
+@dataclass
+class Posterior:
+    """One recording's distributions.
+
+    ids: [T, k] int; probabilities: [T, k] float32; rest: [T] float32, mass beyond the k entries;
+    least_blank: [T], smallest blank probability over the teachers (CTC only, else zeros).
+    """
+
+    ids: np.ndarray
+    probabilities: np.ndarray
+    rest: np.ndarray
+    least_blank: np.ndarray
+
+
+@dataclass
+class StoreWriter:
+    """Writes a store; nothing is visible until `close` has written the index."""
+
+    folder: Path
+    index: Index
+    _entries: list[Entry] = field(default_factory=list)
+    _pending: list[Posterior] = field(default_factory=list)
+    _shards: int = 0
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "index.json").unlink(missing_ok=True)
+
+    def add(self, entry: Entry, posterior: Posterior) -> None:
+        """Appends one recording."""
+        self._entries.append(entry)
+        self._pending.append(posterior)
+        if len(self._pending) == RECORDINGS_PER_SHARD:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        small = self.index.vocabulary <= np.iinfo(np.int16).max
+        shard = {
+            "ids": np.concatenate([p.ids for p in self._pending]).astype(np.int16 if small else np.int32),
+            "probabilities": np.concatenate([p.probabilities for p in self._pending]).astype(np.float16),
+            "rest": np.concatenate([p.rest for p in self._pending]).astype(np.float16),
+            "least_blank": np.concatenate([p.least_blank for p in self._pending]).astype(np.float16),
+        }
+        save_file(shard, self.folder / f"shard_{self._shards:03d}.safetensors")
+        self._pending = []
+        self._shards += 1
+
+    def close(self) -> Index:
+        """Writes the last shard, then the index (atomically)."""
+        self._flush()
+        index = self.index.model_copy(update={"recordings": tuple(self._entries)})
+        temporary = self.folder / "index.json.tmp"
+        temporary.write_text(index.model_dump_json(indent=None), encoding="utf-8")
+        temporary.replace(self.folder / "index.json")
+        return index
+
+
+def read_index(folder: Path) -> Index:
+    """The index of a store.
+
+    Raises:
+        TargetError: no finished store is there, or it was written by another version.
+    """
+    path = folder / "index.json"
+    if not path.is_file():
+        raise TargetError(f"{folder} holds no finished posteriors (no index.json).", "Make them with 'xded targets'.")
+    try:
+        return Index.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except (ValidationError, json.JSONDecodeError) as error:
+        raise TargetError(
+            f"{path} is damaged or of another version: {error}.", "Make it anew with 'xded targets'."
+        ) from error
+
+
+class Store:
+    """Reads a store, a shard at a time or as a whole."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.index = folder, read_index(folder)
+        self._place = {entry.recording: i for i, entry in enumerate(self.index.recordings)}
+        steps = [entry.steps for entry in self.index.recordings]
+        self._shard_of = [i // RECORDINGS_PER_SHARD for i in range(len(steps))]
+        self._start: list[int] = []
+        for i in range(len(steps)):
+            first = i % RECORDINGS_PER_SHARD == 0
+            self._start.append(0 if first else self._start[-1] + steps[i - 1])
+        self._loaded: dict[int, Mapping[str, np.ndarray]] = {}
+
+    def __contains__(self, recording: str) -> bool:
+        return recording in self._place
+
+    def entry(self, recording: str) -> Entry:
+        """Index row of a recording."""
+        if recording not in self._place:
+            raise TargetError(
+                f"{self.folder} holds nothing about recording '{recording}'.",
+                "Make the targets anew from the corpus that you train on: 'xded targets'.",
+            )
+        return self.index.recordings[self._place[recording]]
+
+    def _shard(self, number: int) -> Mapping[str, np.ndarray]:
+        if number not in self._loaded:
+            self._loaded[number] = load_file(self.folder / f"shard_{number:03d}.safetensors")
+        return self._loaded[number]
+
+    def read(self, recording: str) -> Posterior:
+        """Distributions of one recording, probabilities rescaled to sum to exactly 1 after 16-bit storage."""
+        steps = self.entry(recording).steps
+        place = self._place[recording]
+        shard, rows = self._shard(self._shard_of[place]), slice(self._start[place], self._start[place] + steps)
+        probabilities = shard["probabilities"][rows].astype(np.float32)
+        rest = shard["rest"][rows].astype(np.float32)
+        total = probabilities.sum(1) + rest
+        return Posterior(
+            ids=shard["ids"][rows].astype(np.int64),
+            probabilities=probabilities / total[:, None],
+            rest=rest / total,
+            least_blank=shard["least_blank"][rows].astype(np.float32),
+        )

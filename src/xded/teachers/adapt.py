@@ -1,0 +1,158 @@
+"""Parent and teachers of a fold, in one resumable step.
+
+The parent is trained on the control speakers, on the training speakers of the fold, or on both; each teacher is
+the parent adapted to one speaker, so that the CTC spikes of all teachers line up (Kurata & Audhkhasi 2019,
+arXiv:1904.08311).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from xded.config import Config
+from xded.corpus.folds import Fold, Split, make_fold, split
+from xded.corpus.manifest import Corpus, Recording
+from xded.errors import CorpusError
+from xded.parallel import run_all
+from xded.tokenizer import Tokenizer
+from xded.training.run import Job, fit, is_finished
+from xded.training.status import write_atomically
+
+
+def teacher_speakers(corpus: Corpus, fold: Fold) -> tuple[str, ...]:
+    """Target speakers of the fold that each get a teacher.
+
+    Raises:
+        CorpusError: there are none.
+    """
+    left_out = set(fold.exclude) if fold.include_held_out else {*fold.held_out, *fold.exclude}
+    speakers = tuple(s for s in corpus.speakers if corpus.role_of(s) == "target" and s not in left_out)
+    if not speakers:
+        raise CorpusError(
+            f"The fold without {', '.join(fold.held_out) or 'anyone'} has no target speaker left to be a teacher.",
+            "Hold out or exclude fewer speakers, or give fewer --controls at import.",
+        )
+    return speakers
+
+
+def parent_recordings(corpus: Corpus, parts: Split, which: str) -> tuple[tuple[Recording, ...], tuple[Recording, ...]]:
+    """Training and validation recordings of the parent: `controls`, `fold` (target speakers) or `both`."""
+    roles = {"controls": {"control"}, "fold": {"target"}, "both": {"control", "target"}}[which]
+    train, validation = (tuple(r for r in part if r.role in roles) for part in (parts.train, parts.validation))
+    if not train:
+        raise CorpusError(
+            f"{corpus.path} has no {' or '.join(sorted(roles))} speaker to train a parent on.",
+            "Train it on the fold's speakers: --parent-on fold.",
+        )
+    return train, validation
+
+
+def load_or_train_tokenizer(corpus: Corpus, parts: Split, config: Config, path: Path) -> Tokenizer:
+    """The tokenizer at `path`; else the config's; else one trained on the texts of the training recordings."""
+    if path.is_file():
+        return Tokenizer.load(path, config.tokenizer.normaliser)
+    if config.tokenizer.path is not None:
+        tokenizer = Tokenizer.load(config.tokenizer.path, config.tokenizer.normaliser)
+    else:
+        texts = sorted({recording.text for recording in parts.train})
+        tokenizer = Tokenizer.train(
+            texts, config.tokenizer.kind, config.tokenizer.vocabulary, config.tokenizer.normaliser
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(tokenizer.model_bytes)
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Teachers:
+    """A folder with a parent and its teachers."""
+
+    folder: Path
+
+    @property
+    def parent(self) -> Path:
+        """Run folder of the parent."""
+        return self.folder / "parent"
+
+    @property
+    def tokenizer(self) -> Path:
+        """SentencePiece model of parent, teachers and students."""
+        return self.folder / "tokenizer.model"
+
+    def teacher(self, speaker: str) -> Path:
+        """Run folder of a speaker's teacher."""
+        return self.folder / "teachers" / speaker
+
+    @property
+    def finished(self) -> tuple[str, ...]:
+        """Speakers whose teachers are finished."""
+        return tuple(sorted(run.name for run in (self.folder / "teachers").glob("*") if is_finished(run)))
+
+
+def parts_of(corpus: Corpus, fold: Fold, config: Config) -> Split:
+    """The split that the config describes."""
+    return split(
+        corpus,
+        fold,
+        controls=config.fold.controls,
+        validation=config.fold.validation,
+        validation_fraction=config.fold.validation_fraction,
+        seed=config.seed,
+    )
+
+
+def _fit(job: Job) -> Path:
+    return fit(job, resume=True, quiet=True)
+
+
+def teach(
+    corpus: Corpus, config: Config, out: Path, *, jobs: int = 1, quiet: bool = False, speakers: Sequence[str] = ()
+) -> Teachers:
+    """Trains the parent and one teacher a target speaker; finished ones are kept.
+
+    Args:
+        corpus, config: `config.teach` says how; `config.fold` who is held out.
+        out: folder of the teachers; jobs: teachers trained at once.
+        speakers: only these teachers (default: all target speakers of the fold).
+
+    Raises:
+        CorpusError: no speaker for the parent or for any teacher.
+    """
+    fold = make_fold(corpus, config.fold)
+    with_controls = config.model_copy(update={"fold": config.fold.model_copy(update={"controls": True})})
+    parts = parts_of(corpus, fold, with_controls)
+    wanted = tuple(speakers) or teacher_speakers(corpus, fold)
+    teachers = Teachers(out)
+    train, validation = parent_recordings(corpus, parts, config.teach.parent_on)
+    tokenizer = load_or_train_tokenizer(corpus, parts, config, teachers.tokenizer)
+    tokenizer.self_test(corpus.texts)
+    test_takes = frozenset(r.take for r in parts.test)
+    supervised = config.objective.model_copy(update={"ctc_kd": 0.0, "decoder_kd": 0.0})
+    base = config.model_copy(update={"objective": supervised, "targets": None})
+    parent = base.model_copy(update={"train": config.teach.parent})
+    fit(
+        Job("parent", parent, train, validation, fold, test_takes, tokenizer, teachers.parent), resume=True, quiet=quiet
+    )
+    adapted = config.teach.teacher.model_copy(update={"init": teachers.parent / "best.pt"})
+    teacher = base.model_copy(update={"train": adapted})
+    todo = []
+    for speaker in wanted:
+        own_train = tuple(r for r in parts.train if r.speaker == speaker)
+        own_validation = tuple(r for r in parts.validation if r.speaker == speaker)
+        todo.append(
+            Job(
+                f"teacher {speaker}",
+                teacher,
+                own_train,
+                own_validation,
+                fold,
+                test_takes,
+                tokenizer,
+                teachers.teacher(speaker),
+            )
+        )
+    run_all(_fit, todo, jobs)
+    write_atomically(out / "fold.txt", ", ".join(fold.held_out) + "\n")
+    return teachers

@@ -1,0 +1,1 @@
+"""The one training loop: parent, teachers, students and baselines differ by arguments."""

@@ -1,0 +1,93 @@
+"""Recordings in, predictions out: what validation, `xded evaluate`, cross-tests and the baselines share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from xded import decoding
+from xded.config import Config, DecodeConfig
+from xded.corpus.manifest import Recording
+from xded.models.student import Student
+from xded.scoring import Prediction, score
+from xded.tokenizer import Tokenizer
+from xded.training.data import Batch, TrainingData, collate
+from xded.training.loop import loss_parts, weighted_sum
+
+
+def batches(data: TrainingData, batch_size: int) -> Iterator[tuple[list[int], Batch]]:
+    """All recordings of `data`, those of like length together, without augmentation."""
+    order = sorted(range(len(data)), key=lambda i: data.lengths[i])
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        yield places, collate([data[(0, place)] for place in places], data.tokenizer.eos)
+
+
+@torch.inference_mode()
+def recognise(
+    student: Student,
+    data: TrainingData,
+    config: DecodeConfig,
+    *,
+    word_list: Sequence[str] | None = None,
+    seed: int = 0,
+    device: torch.device | None = None,
+) -> list[Prediction]:
+    """Recognises every recording of `data`, in its order."""
+    student.eval()
+    device = device or next(student.parameters()).device
+    predictions: dict[int, Prediction] = {}
+    for places, batch in batches(data, config.batch_size):
+        batch = batch.to(device)
+        assert batch.features is not None
+        hypotheses = decoding.decode(student, batch.features, batch.feature_lengths, config, data.tokenizer, word_list)
+        for place, hypothesis in zip(places, hypotheses, strict=True):
+            predictions[place] = predicted(data.recordings[place], hypothesis.tokens, hypothesis.text, seed)
+    return [predictions[place] for place in range(len(data))]
+
+
+def predicted(recording: Recording, tokens: Sequence[int], text: str, seed: int) -> Prediction:
+    """A line of predictions.jsonl."""
+    return Prediction(
+        recording=recording.recording,
+        take=recording.take,
+        speaker=recording.speaker,
+        band=recording.band,
+        word_type=recording.word_type,
+        prompt=recording.prompt,
+        reference=recording.text,
+        hypothesis=text,
+        tokens=tuple(tokens),
+        seed=seed,
+    )
+
+
+@torch.inference_mode()
+def validate(student: Student, data: TrainingData, config: Config) -> dict[str, float]:
+    """Loss on the true text and WRA on recordings that training has not heard; shares are of 1."""
+    if len(data) == 0:
+        return {}
+    student.eval()
+    device = next(student.parameters()).device
+    truth = config.model_copy(
+        update={"objective": config.objective.model_copy(update={"ctc_kd": 0.0, "decoder_kd": 0.0})}
+    )
+    loss = sum(
+        float(weighted_sum(loss_parts(student, batch.to(device), truth, data.tokenizer), truth)) * len(places)
+        for places, batch in batches(data, config.decode.batch_size)
+    )
+    greedy = config.decode.model_copy(update={"beam": 1, "word_list": False})
+    summary = summarise(recognise(student, data, greedy), data.tokenizer)
+    return {"val_loss": loss / len(data), **summary}
+
+
+def summarise(predictions: Sequence[Prediction], tokenizer: Tokenizer) -> dict[str, float]:
+    """WRA, share of empty outputs and number of distinct outputs, without intervals."""
+    conditions = {"speakers": "unknown", "words": "unknown", "word_list": "open", "decode": "greedy"}
+    overall = score(predictions, normaliser=tokenizer.normaliser, conditions=conditions, resamples=0).overall
+    return {
+        "wra": overall.wra_percent.value / 100,
+        "empty": overall.empty_percent.value / 100,
+        "distinct": float(overall.distinct_outputs),
+    }

@@ -1,0 +1,338 @@
+"""The training loop: one Lightning module for parent, teachers, students and baselines.
+
+Every batch is numbered through the whole run. Order, augmentation, dropout, learning rate and stage are pure
+functions of that number and the seed, so a run that goes on from a checkpoint ends bit-identical.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from xded import objectives
+from xded.config import Config
+from xded.errors import EXIT_INTERRUPTED, TrainingError
+from xded.features import valid_mask
+from xded.models.student import Student
+from xded.tokenizer import Tokenizer
+from xded.training.data import Batch, TrainingData
+from xded.training.schedule import Schedule
+
+GRADIENT_WATCH = 4  # batches at the start of each stage in which gradients are looked for
+
+
+class InterruptedRunError(TrainingError):
+    """The user or the system asked the run to stop; latest.pt holds everything."""
+
+    exit_code = EXIT_INTERRUPTED
+
+
+def loss_parts(student: Student, batch: Batch, config: Config, tokenizer: Tokenizer) -> dict[str, Tensor]:
+    """Unweighted parts of the loss of a batch, and `frames`: the share of frames that the CTC side used."""
+    weights = config.objective
+    if batch.encoded is None:
+        assert batch.features is not None
+        encoded, lengths = student.encode(batch.features, batch.feature_lengths)
+    else:
+        assert batch.encoded_lengths is not None
+        encoded, lengths = batch.encoded, batch.encoded_lengths
+    parts: dict[str, Tensor] = {}
+    frames = valid_mask(lengths, encoded.shape[1])
+    used = frames.sum() / frames.numel()
+    if weights.ctc or weights.ctc_kd:
+        logits = student.ctc_logits(encoded)
+        if weights.ctc:
+            parts["ctc"] = objectives.ctc(logits, lengths, batch.tokens, batch.token_lengths, tokenizer.blank)
+        if weights.ctc_kd:
+            assert batch.ctc_target is not None
+            assert batch.least_blank is not None
+            kept = objectives.speech_frames(batch.least_blank, lengths, weights.blank_threshold)
+            used = kept.sum() / frames.sum()
+            parts["ctc_kd"] = objectives.ctc_kd(logits, batch.ctc_target, kept, weights.temperature)
+    if weights.cross_entropy or weights.decoder_kd:
+        start = torch.full_like(batch.tokens[:, :1], tokenizer.bos)
+        logits = student.decoder_logits(torch.cat([start, batch.tokens[:, :-1]], dim=1), encoded, lengths)
+        steps = batch.token_lengths + 1  # </s> is a step
+        if weights.cross_entropy:
+            parts["cross_entropy"] = objectives.cross_entropy(logits, batch.tokens, steps, weights.label_smoothing)
+        if weights.decoder_kd:
+            assert batch.decoder_target is not None
+            parts["decoder_kd"] = objectives.decoder_kd(logits, batch.decoder_target, steps, weights.temperature)
+    parts["frames"] = used.detach()
+    return parts
+
+
+def weighted_sum(parts: Mapping[str, Tensor], config: Config) -> Tensor:
+    """The loss: parts times their weights in the objective."""
+    terms = [getattr(config.objective, name) * value for name, value in parts.items() if name != "frames"]
+    return torch.stack(terms).sum()
+
+
+def parameter_groups(student: Student, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for matrices, none for biases, norms and embeddings' scale."""
+    matrices = [p for p in student.parameters() if p.dim() > 1]
+    vectors = [p for p in student.parameters() if p.dim() <= 1]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+class Loop(L.LightningModule):
+    """One run.
+
+    Args:
+        student: the recogniser to train; config, schedule, tokenizer: of the run.
+        data: training recordings.
+        out: run folder; checkpoints are written here.
+        validate: called at epoch ends, returns metrics with `wra` and `val_loss` (or an empty mapping).
+        watch: called with every event ("step", "epoch", "saved") for logs, status and metrics.
+        extra: keys that every checkpoint carries (config, tokenizer, provenance).
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        config: Config,
+        schedule: Schedule,
+        tokenizer: Tokenizer,
+        data: TrainingData,
+        out: Path,
+        validate: Callable[[Student], dict[str, float]],
+        watch: Callable[[str, dict[str, Any]], None],
+        extra: Mapping[str, Any],
+    ) -> None:
+        super().__init__()
+        self.student, self.run_config, self.schedule, self.tokenizer = student, config, schedule, tokenizer
+        self.data, self.out, self.validate, self.watch, self.extra = data, out, validate, watch, extra
+        self.first_batch = 0
+        self.restored: dict[str, Any] | None = None
+        self.sums: dict[str, float] = {}
+        self.best: dict[str, float] = {}
+        self.last_epoch: dict[str, Any] = {"train_loss": math.nan, "val_loss": math.nan}
+        self.with_gradient: set[str] = set()
+        self.pending: list[str] = []  # recordings of the update under way
+        self.save_due = False
+        self.stop_requested = threading.Event()
+        self.gradient_norm = 0.0
+        self.last_saved = 0
+        self.stage = -1
+
+    # --- start and resume -------------------------------------------------------------------------------
+
+    def restore(self, checkpoint: dict[str, Any]) -> None:
+        """Goes on from a checkpoint of the same run."""
+        self.restored = checkpoint
+        self.student.load_state_dict(checkpoint["model_state_dict"])
+        self.first_batch = int(checkpoint["batch"]) + 1
+        self.sums, self.best = dict(checkpoint["sums"]), dict(checkpoint["best"])
+        self.last_epoch = dict(checkpoint["last_epoch"])
+        self.with_gradient = set(checkpoint["with_gradient"])
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW with the design's betas; the learning rate is set before every update."""
+        groups = parameter_groups(self.student, self.run_config.train.weight_decay)
+        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-9, fused=True)
+
+    def on_train_start(self) -> None:
+        """Puts the optimiser (and the loss scaler of 16-mixed) back where the checkpoint left them."""
+        self.set_stage(self.schedule.stage_of_epoch(self.schedule.epoch_of_batch(self.first_batch)))
+        if self.restored is not None:
+            self.trainer.strategy.load_optimizer_state_dict(self.restored)
+            precision = self.trainer.precision_plugin
+            if type(precision).__qualname__ in self.restored:
+                precision.load_state_dict(self.restored[type(precision).__qualname__])
+            self.restored = None
+
+    def set_stage(self, stage: int) -> None:
+        """Freezes and thaws what the stage asks for; frozen parts are in eval mode (no BatchNorm drift)."""
+        if stage == self.stage:
+            return
+        self.stage = stage
+        self.student.train()
+        encoder = self.student.encoder
+        encoder.requires_grad_(not self.schedule.stages[stage].freeze_encoder)
+        frozen: list[torch.nn.Module] = [encoder] if self.schedule.stages[stage].freeze_encoder else []
+        count = self.run_config.train.freeze_layers
+        if count and not frozen:
+            frozen = [encoder.subsampling, *encoder.layers[:count]]
+        for module in frozen:
+            module.requires_grad_(False).eval()
+
+    # --- one batch ---------------------------------------------------------------------------------------
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Lightning does not know how to move a `Batch`."""
+        return batch.to(device)
+
+    def number(self, batch_idx: int) -> int:
+        """Number of a batch in the whole run."""
+        return self.first_batch + batch_idx
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Sets stage, learning rate and random state as functions of the batch number."""
+        number = self.number(batch_idx)
+        self.set_stage(self.schedule.stage_of_epoch(self.schedule.epoch_of_batch(number)))
+        torch.manual_seed((self.run_config.seed * 1_000_003 + number) % 2**63)
+        rate = self.schedule.learning_rate(number // self.schedule.accumulate)
+        for group in self.optimizers().param_groups:  # type: ignore[union-attr]
+            group["lr"] = rate
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of a batch.
+
+        Raises:
+            TrainingError: it is not finite; the recordings are named and nothing has been updated.
+        """
+        parts = loss_parts(self.student, batch, self.run_config, self.tokenizer)
+        loss = weighted_sum(parts, self.run_config)
+        self.pending += batch.recordings
+        if not torch.isfinite(loss):
+            self._refuse(f"the loss is {float(loss)}")
+        for name, value in {"loss": loss, **parts}.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+        self.sums["batches"] = self.sums.get("batches", 0.0) + 1
+        return loss
+
+    def _refuse(self, what: str) -> None:
+        shown = ", ".join(self.pending[:16]) + (" ..." if len(self.pending) > 16 else "")
+        raise TrainingError(
+            f"Training stopped before an update: {what}, in the batch of recordings {shown}.",
+            f"Check them with 'xded corpus check'; weights before this update are in {self.out / 'latest.pt'}.",
+        )
+
+    def on_after_backward(self) -> None:
+        """Notes which parameters really receive a gradient."""
+        done = int(self.sums.get("batches", 0))
+        if done <= GRADIENT_WATCH:
+            for name, parameter in self.student.named_parameters():
+                if name not in self.with_gradient and parameter.grad is not None and parameter.grad.any():
+                    self.with_gradient.add(name)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips the norm; a gradient that is not finite stops the run before the update."""
+        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.run_config.train.gradient_clip)
+        self.gradient_norm = float(norm)
+        if not math.isfinite(self.gradient_norm) and "16-mixed" not in str(self.trainer.precision):
+            self._refuse(f"the gradient's norm is {self.gradient_norm}")
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Logs, validates at epoch ends, saves when due, stops when asked."""
+        number = self.number(batch_idx)
+        updated = (number + 1) % self.schedule.accumulate == 0 or number + 1 == self.total_batches
+        update = (number + 1) // self.schedule.accumulate
+        if updated:
+            self.pending = []
+            rate = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
+            self.watch("step", self._step_row(number, update, rate))
+        ends_epoch = (number + 1) % self.schedule.batches_per_epoch == 0
+        if ends_epoch:
+            self._end_epoch(number)
+        self.save_due |= ends_epoch or update - self.last_saved >= self.run_config.train.save_every_steps
+        if updated and (self.save_due or self.stop_requested.is_set()):
+            self.save(self.out / "latest.pt", number)
+            self.save_due, self.last_saved = False, update
+        if updated and self.stop_requested.is_set() and number + 1 < self.total_batches:
+            raise InterruptedRunError(f"Stopped on request after update {update}.", "Go on with --resume.")
+
+    @property
+    def total_batches(self) -> int:
+        """Batches of the whole run."""
+        return self.schedule.epochs * self.schedule.batches_per_epoch
+
+    def _means(self) -> dict[str, float]:
+        batches = max(1.0, self.sums.get("batches", 1.0))
+        return {name: value / batches for name, value in self.sums.items() if name != "batches"}
+
+    def _step_row(self, number: int, update: int, rate: float) -> dict[str, Any]:
+        epoch = self.schedule.epoch_of_batch(number)
+        return {
+            "epoch": epoch + 1,
+            "epochs": self.schedule.epochs,
+            "update": update,
+            "updates": self.schedule.updates,
+            "stage": self.stage + 1,
+            "lr": rate,
+            "gradient_norm": self.gradient_norm,
+            **self._means(),
+        }
+
+    # --- epoch ends and saving -----------------------------------------------------------------------------
+
+    def _end_epoch(self, number: int) -> None:
+        epoch = self.schedule.epoch_of_batch(number) + 1
+        due = epoch % self.run_config.train.validate_every_epochs == 0 or epoch == self.schedule.epochs
+        means = self._means()
+        self.sums = {}
+        measured: dict[str, float] = {}
+        if due:
+            measured = self.validate(self.student)
+            self.stage = -1  # validation left everything in eval mode: the next batch sets the stage anew
+        self.last_epoch = {
+            "train_loss": means["loss"],
+            "val_loss": measured.get("val_loss", self.last_epoch["val_loss"]),
+        }
+        self.watch("epoch", {"epoch": epoch, **{f"train_{k}": v for k, v in means.items()}, **measured})
+        better = not self.best or (measured.get("wra", 0.0), -measured.get("val_loss", 0.0)) > (
+            self.best.get("wra", 0.0),
+            -self.best.get("val_loss", 0.0),
+        )
+        if due and (better or not measured):  # without validation recordings the last epoch is the best
+            self.best = {"epoch": epoch, **measured}
+            self.save(self.out / "best.pt", number)
+        if epoch % self.run_config.train.checkpoint_every_epochs == 0:
+            self.save(self.out / f"checkpoint_epoch_{epoch}.pt", number)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what resuming and using the model need."""
+        checkpoint.update(self.extra)
+        checkpoint.update(
+            epoch=self.schedule.epoch_of_batch(self.saving),
+            batch=self.saving,
+            sums=dict(self.sums),
+            best=dict(self.best),
+            last_epoch=dict(self.last_epoch),
+            train_loss=self.last_epoch["train_loss"],
+            val_loss=self.last_epoch["val_loss"],
+            with_gradient=sorted(self.with_gradient),
+        )
+
+    def save(self, path: Path, number: int) -> None:
+        """Writes a checkpoint after batch `number`."""
+        self.saving = number
+        self.trainer.save_checkpoint(path)
+        self.watch("saved", {"path": path.name, "best": dict(self.best), "with_gradient": sorted(self.with_gradient)})
+
+
+class StopOnSignal:
+    """Turns the first Ctrl-C or SIGTERM into 'finish the update, save, stop'; a second one stops at once."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self.event = event
+        self.old: dict[int, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.old[number] = signal.signal(number, self._handle)
+        return self
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.event.is_set():
+            raise KeyboardInterrupt
+        self.event.set()
+
+    def __exit__(self, *details: object) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)

@@ -1,0 +1,359 @@
+"""From a config and a split to a finished run folder: checks, assembly, Lightning's trainer, last words."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import shutil
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from xded import config as configs
+from xded.audio import read_audio
+from xded.config import Config, StageConfig
+from xded.corpus.folds import Fold, Provenance, guard
+from xded.corpus.manifest import Recording
+from xded.errors import CheckpointError, ConfigError, CorpusError, XdedError
+from xded.models.checkpoints import AtomicCheckpointIO, load, load_latest
+from xded.models.recogniser import describe, load_weights, pick_device, provenance_of, resolve
+from xded.models.student import Student
+from xded.objectives import ctc_frames_needed
+from xded.targets.store import Kind, Store, TargetError
+from xded.tokenizer import Tokenizer
+from xded.training.data import RunSampler, TrainingData, collate
+from xded.training.evaluation import batches, validate
+from xded.training.loop import InterruptedRunError, Loop, StopOnSignal
+from xded.training.schedule import Schedule
+from xded.training.status import RunLog, read_status, write_atomically
+
+FRAMES_SHOWN = 5
+
+
+@dataclass
+class Job:
+    """What to train.
+
+    Attributes:
+        name: who the result is: "parent", "teacher M08", "student".
+        config: of the run; `train.init`, `targets` and `objective` say how.
+        train, validation: recordings; they share no take.
+        fold: who must not be heard; test_takes: takes of the test (needed when held-out speakers are included).
+        tokenizer: of the run (and of the parent and the targets).
+        out: run folder.
+    """
+
+    name: str
+    config: Config
+    train: Sequence[Recording]
+    validation: Sequence[Recording]
+    fold: Fold
+    test_takes: frozenset[str]
+    tokenizer: Tokenizer
+    out: Path
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def is_finished(out: Path) -> bool:
+    """Whether a run folder holds a finished run."""
+    return (out / "status.json").is_file() and (out / "best.pt").is_file() and read_status(out)["state"] == "finished"
+
+
+def fit(job: Job, *, resume: bool = False, quiet: bool = False) -> Path:
+    """Trains; returns the path of `best.pt`.
+
+    Args:
+        job: what to train.
+        resume: go on from `latest.pt`, or return at once when the run is finished.
+        quiet: write nothing to the console.
+
+    Raises:
+        XdedError: anything wrong with the input is said before the first step; nothing is lost.
+    """
+    out = job.out
+    if resume and is_finished(out):
+        return out / "best.pt"
+    going_on = resume and any(out.glob("latest*.pt"))
+    if not going_on and any(out.glob("*.pt")):
+        raise ConfigError(f"{out} already holds a run.", "Go on with --resume, or choose another --out.")
+    if job.config.train.threads:
+        torch.set_num_threads(job.config.train.threads)
+    device = pick_device(job.config.train.device)
+    torch.manual_seed(job.config.seed)
+    student = Student(job.config.model, job.tokenizer.size, job.config.features)
+    checkpoint, warning = load_latest(out) if going_on else (None, None)
+    stores = open_targets(job)
+    provenance = preflight(job, student, stores, initialise(job, student))
+    if checkpoint is not None and checkpoint["config"] != job.config.model_dump(mode="json"):
+        raise ConfigError(
+            f"{out} was started with another config.", f"Use {out / 'config.yaml'}, or choose another --out."
+        )
+    if job.config.features.normalisation == "global":
+        rate = job.config.features.sample_rate
+        student.front_end.fit(read_audio(recording.audio_filepath, rate) for recording in job.train)
+    out.mkdir(parents=True, exist_ok=True)
+    write_run_files(job)
+    return run(job, student, stores, provenance, checkpoint, warning, device, quiet)
+
+
+def initialise(job: Job, student: Student) -> tuple[Provenance, ...]:
+    """Loads the weights that the run starts from; returns what they have heard."""
+    if job.config.train.init is None:
+        return ()
+    path = resolve(job.config.train.init)
+    payload = load(path)
+    if payload.get("tokenizer_fingerprint") != job.tokenizer.fingerprint:
+        raise CheckpointError(
+            f"{path} was trained with another tokenizer (fingerprint {str(payload.get('tokenizer_fingerprint'))[:12]}, "
+            f"this run's is {job.tokenizer.fingerprint[:12]}).",
+            "Train with the checkpoint's own tokenizer (leave out --tokenizer), or start from scratch.",
+        )
+    load_weights(student, payload["model_state_dict"], path)
+    return provenance_of(payload)
+
+
+def open_targets(job: Job) -> dict[Kind, Store]:
+    """The stores that the objective needs, checked against tokenizer, temperature and audio."""
+    needed: list[Kind] = []
+    if job.config.objective.ctc_kd:
+        needed.append("ctc")
+    if job.config.objective.decoder_kd:
+        needed.append("decoder")
+    if not needed:
+        return {}
+    if job.config.targets is None:
+        raise ConfigError(
+            "The objective uses KD but no targets are given.", "Make them with 'xded targets', then --targets DIR."
+        )
+    stores = {kind: Store(job.config.targets / kind) for kind in needed}
+    for store in stores.values():
+        check_targets(store, job)
+    return stores
+
+
+def check_targets(store: Store, job: Job) -> None:
+    """Raises unless the targets are of these recordings, this tokenizer and this temperature."""
+    index = store.index
+    if index.tokenizer != job.tokenizer.fingerprint:
+        raise TargetError(
+            f"{store.folder} was made with another tokenizer (fingerprint {index.tokenizer[:12]}, this run's is "
+            f"{job.tokenizer.fingerprint[:12]}).",
+            "Use the teachers' tokenizer, or make the targets anew.",
+        )
+    wanted = job.config.objective.temperature
+    if abs(index.temperature - wanted) > 1e-6:
+        raise TargetError(
+            f"{store.folder} was made at temperature {index.temperature:g}; the objective says {wanted:g}.",
+            f"Make them anew with --temperature {wanted:g}, or train with {index.temperature:g}.",
+        )
+    for recording in job.train:
+        if recording.recording not in store:
+            continue
+        entry = store.entry(recording.recording)
+        if recording.audio_sha256 and entry.audio_sha256 != recording.audio_sha256:
+            raise TargetError(
+                f"{store.folder}: the target of '{recording.recording}' describes other audio (its SHA-256 differs).",
+                "Make the targets anew from this corpus: 'xded targets'.",
+            )
+
+
+def preflight(
+    job: Job, student: Student, stores: dict[Kind, Store], inherited: tuple[Provenance, ...]
+) -> tuple[Provenance, ...]:
+    """Everything that can be known to be wrong before the first step; returns what the run will have heard."""
+    if not job.train:
+        raise CorpusError(f"{job.name} has no recording to train on.", "Hold out or exclude fewer speakers.")
+    job.tokenizer.self_test([r.text for r in (*job.train, *job.validation)], head_size=student.vocabulary)
+    if stores:
+        kept = [r for r in job.train if all(r.recording in store for store in stores.values())]
+        if not kept:
+            raise TargetError(
+                f"The targets in {job.config.targets} cover none of the {len(job.train)} training recordings.",
+                "Make them anew from this corpus and fold: 'xded targets'.",
+            )
+        job.facts["targets"] = f"{job.config.targets}, {len(kept)} of {len(job.train)} training recordings covered"
+        job.train = kept
+    if job.config.objective.ctc:
+        check_spelling(job, student)
+    frozen = [stage.freeze_encoder for stage in job.config.train.stages]
+    if sorted(frozen, reverse=True) != frozen:
+        raise ConfigError("A stage with a frozen encoder follows one that trains it.", "Put the frozen stages first.")
+    heard = partial(_heard, job.fold)
+    provenance = (
+        heard(job.name, job.train),
+        *((heard(f"model selection of {job.name}", job.validation),) if job.validation else ()),
+        *((heard(f"normaliser of {job.name}", job.train),) if job.config.features.normalisation == "global" else ()),
+        *inherited,
+        *(p for store in stores.values() for p in store.index.provenance),
+    )
+    guard(job.fold, provenance, job.test_takes)
+    return tuple(dict.fromkeys(provenance))
+
+
+def _heard(fold: Fold, what: str, recordings: Sequence[Recording]) -> Provenance:
+    return Provenance(what, frozenset(r.speaker for r in recordings), frozenset(r.take for r in recordings))
+
+
+def check_spelling(job: Job, student: Student) -> None:
+    """Raises when a text has more tokens than CTC can write in the recording's frames."""
+    rate = job.config.features.sample_rate
+    problems = []
+    for recording in (*job.train, *job.validation):
+        needed = ctc_frames_needed(job.tokenizer.encode(recording.text))
+        frames = int(student.encoded_frames(torch.tensor(round(recording.duration * rate))))
+        if needed > frames:
+            problems.append(f"{recording.recording} ('{recording.text}': {needed} frames needed, {frames} there)")
+    if problems:
+        raise CorpusError(
+            f"{len(problems)} recordings are too short for CTC to write their text: "
+            + "; ".join(problems[:FRAMES_SHOWN])
+            + (" ..." if len(problems) > FRAMES_SHOWN else "")
+            + ".",
+            "Leave them out of the manifest, use a tokenizer with longer pieces (--tokenizer-kind bpe), "
+            "or train without CTC (--ctc 0).",
+        )
+
+
+def write_run_files(job: Job) -> None:
+    """config.yaml and env.json."""
+    write_atomically(job.out / "config.yaml", configs.to_yaml(job.config))
+    packages = ("xded", "torch", "lightning", "numpy", "sentencepiece", "soundfile")
+    env = {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "packages": {name: version(name) for name in packages},
+    }
+    write_atomically(job.out / "env.json", json.dumps(env, indent=1))
+
+
+def facts_of(
+    job: Job, student: Student, stages: Sequence[StageConfig], provenance: Sequence[Provenance]
+) -> dict[str, Any]:
+    """What the status says before the first step."""
+    speakers = sorted({r.speaker for r in job.train})
+    hours = sum(r.duration for r in job.train) / 3600
+    facts = {
+        "name": job.name,
+        "data": f"{len(job.train)} recordings, {len({r.take for r in job.train})} takes, {hours:.2f} h of "
+        f"{len(speakers)} speakers ({', '.join(speakers)}); {len(job.validation)} for validation",
+        "held_out": ", ".join(job.fold.held_out) + (" (included)" if job.fold.include_held_out else ""),
+        "init": str(job.config.train.init or "from scratch"),
+        "tokenizer": f"{job.tokenizer.size} pieces, fingerprint {job.tokenizer.fingerprint[:12]}",
+        "stages": [stage.model_dump(mode="json") for stage in stages],
+        "parameters": {**student.parameter_counts(), "with_gradient": 0},
+        "provenance": [p.what for p in provenance],
+    }
+    return {**facts, **job.facts}
+
+
+def encode_once(student: Student, data: TrainingData, batch_size: int) -> list[torch.Tensor]:
+    """Outputs of the (frozen) encoder for every recording, without augmentation: [T', D] each."""
+    student.eval()
+    encoded: list[torch.Tensor] = [torch.empty(0)] * len(data)
+    with torch.no_grad():
+        for places, batch in batches(data, batch_size):
+            assert batch.features is not None
+            outputs, lengths = student.encode(batch.features, batch.feature_lengths)
+            for row, place in enumerate(places):
+                encoded[place] = outputs[row, : int(lengths[row])].clone()
+    return encoded
+
+
+def run(
+    job: Job,
+    student: Student,
+    stores: dict[Kind, Store],
+    provenance: tuple[Provenance, ...],
+    checkpoint: dict[str, Any] | None,
+    warning: str | None,
+    device: torch.device,
+    quiet: bool,
+) -> Path:
+    """The part of `fit` after all checks."""
+    config = job.config
+    # freezing a random encoder teaches nothing: frozen stages need a start
+    stages = [s for s in config.train.stages if config.train.init is not None or not s.freeze_encoder]
+    if not stages:
+        raise ConfigError(
+            "Every stage freezes the encoder, but the run starts from scratch.",
+            "Give --init, or a stage that trains it.",
+        )
+    data = TrainingData(
+        job.train, student.front_end, job.tokenizer,
+        augmentation=config.augment, seed=config.seed,
+        ctc_targets=stores.get("ctc"), decoder_targets=stores.get("decoder"),
+        frame_rate_hz=student.frame_rate_hz, reduce=student.encoder.subsampling.reduce,
+    )  # fmt: skip
+    held_back = TrainingData(job.validation, student.front_end, job.tokenizer)
+    schedule = Schedule.of(config.train, stages, -(-len(data) // config.train.batch_size))
+    log = RunLog(
+        job.out,
+        facts_of(job, student, stages, provenance),
+        {n: p.numel() for n, p in student.named_parameters()},
+        quiet=quiet,
+    )
+    loop = Loop(
+        student, config, schedule, job.tokenizer, data, job.out,
+        validate=partial(validate, data=held_back, config=config), watch=log,
+        extra=describe(job.tokenizer, config, job.name, provenance),
+    )  # fmt: skip
+    if warning:
+        log.line(warning)
+    if checkpoint is not None:
+        loop.restore(checkpoint)
+        RunLog.forget_after(job.out, loop.first_batch // schedule.accumulate)
+    frozen_epochs = sum(s.epochs for s in stages if s.freeze_encoder)
+    if schedule.epoch_of_batch(loop.first_batch) < frozen_epochs:
+        data.frozen_epochs, data.encoded = frozen_epochs, encode_once(student, data, config.decode.batch_size)
+    sampler = RunSampler(data.lengths, config.train.batch_size, config.seed, schedule.epochs, loop.first_batch)
+    loader = DataLoader(data, batch_sampler=sampler, collate_fn=partial(collate, eos=job.tokenizer.eos))
+    try:
+        with StopOnSignal(loop.stop_requested):
+            make_trainer(config, device).fit(loop, loader)
+    except XdedError as error:
+        log.close("stopped" if isinstance(error, InterruptedRunError) else "failed", str(error))
+        raise
+    except BaseException as error:
+        log.close("failed", f"{type(error).__name__}: {error}")
+        raise
+    student.cpu()
+    if not (job.out / "best.pt").is_file():
+        shutil.copyfile(job.out / "latest.pt", job.out / "best.pt")
+    log.close("finished")
+    return job.out / "best.pt"
+
+
+def make_trainer(config: Config, device: torch.device) -> L.Trainer:
+    """Lightning without its own progress bar, logger and checkpoint callback."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    return L.Trainer(
+        accelerator="gpu" if device.type == "cuda" else device.type,
+        devices=[device.index or 0] if device.type == "cuda" else 1,
+        precision=config.train.precision,  # type: ignore[arg-type]
+        max_epochs=1,  # one pass of RunSampler is the whole run
+        accumulate_grad_batches=config.train.accumulate,
+        gradient_clip_val=config.train.gradient_clip,
+        plugins=[AtomicCheckpointIO()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )

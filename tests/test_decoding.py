@@ -1,0 +1,293 @@
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from xded.config import DecodeConfig, ModelConfig
+from xded.decoding import (
+    check_max_length,
+    ctc_beam,
+    ctc_greedy,
+    decode,
+    decode_encoded,
+    decoder_beam,
+    decoder_greedy,
+    word_list_scores,
+)
+from xded.errors import CheckpointError, ConfigError, TokenizerError
+from xded.features import valid_mask
+from xded.models.student import Student
+from xded.tokenizer import Tokenizer
+
+WORDS = ["ABBA", "BAD", "CAB", "DAD", "A", "DECADE"]
+MODES = [
+    DecodeConfig(mode="ctc"),
+    DecodeConfig(mode="ctc", beam=4),
+    DecodeConfig(mode="decoder", max_length=6),
+    DecodeConfig(mode="decoder", beam=3, max_length=6),
+    DecodeConfig(word_list=True),
+    DecodeConfig(word_list=True, ctc_weight=0.0),
+    DecodeConfig(word_list=True, ctc_weight=1.0),
+]
+
+
+class Fake:
+    """The three methods of a student, with random tables: every output depends on the whole prefix and recording."""
+
+    def __init__(self, vocabulary: int, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.training = False
+        self.table = 2 * torch.randn(vocabulary, vocabulary, generator=generator)
+
+    def encode(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        return features, lengths
+
+    def ctc_logits(self, encoded: Tensor) -> Tensor:
+        return encoded
+
+    def decoder_logits(self, tokens: Tensor, encoded: Tensor, encoded_lengths: Tensor) -> Tensor:
+        heard = encoded.masked_fill(~valid_mask(encoded_lengths, encoded.shape[1])[:, :, None], 0).sum(1)
+        steps = torch.arange(1, tokens.shape[1] + 1)[:, None]
+        history = (self.table[tokens] * steps).cumsum(1)
+        return (heard[:, None] + history).sin() * 3
+
+
+def noise(*shape: int, seed: int = 0, scale: float = 1.5) -> Tensor:
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def collapse(path: tuple[int, ...], blank: int) -> tuple[int, ...]:
+    return tuple(token for token, _ in itertools.groupby(path) if token != blank)
+
+
+def all_texts(log_probs: Tensor, blank: int) -> dict[tuple[int, ...], float]:
+    """Log-probability of every text, by adding up every path: [T, V]."""
+    frames, vocabulary = log_probs.shape
+    texts: dict[tuple[int, ...], float] = defaultdict(lambda: -np.inf)
+    for path in itertools.product(range(vocabulary), repeat=frames):
+        score = sum(float(log_probs[t, v]) for t, v in enumerate(path))
+        text = collapse(path, blank)
+        texts[text] = float(np.logaddexp(texts[text], score))
+    return texts
+
+
+def plain_prefix_beam(log_probs: np.ndarray, blank: int, beam: int) -> tuple[tuple[int, ...], float]:
+    """Hannun et al. 2014, algorithm 1, word for word and slow."""
+    kept: dict[tuple[int, ...], tuple[float, float]] = {(): (0.0, -np.inf)}
+    for frame in log_probs:
+        following: dict[tuple[int, ...], list[float]] = defaultdict(lambda: [-np.inf, -np.inf])
+        for prefix, (in_blank, in_label) in kept.items():
+            both = np.logaddexp(in_blank, in_label)
+            for v, p in enumerate(frame):
+                if v == blank:
+                    following[prefix][0] = np.logaddexp(following[prefix][0], both + p)
+                elif prefix and v == prefix[-1]:
+                    following[prefix][1] = np.logaddexp(following[prefix][1], in_label + p)
+                    following[(*prefix, v)][1] = np.logaddexp(following[(*prefix, v)][1], in_blank + p)
+                else:
+                    following[(*prefix, v)][1] = np.logaddexp(following[(*prefix, v)][1], both + p)
+        ranked = sorted(following.items(), key=lambda item: -np.logaddexp(*item[1]))
+        kept = {prefix: (scores[0], scores[1]) for prefix, scores in ranked[:beam]}
+    best, scores = max(kept.items(), key=lambda item: np.logaddexp(*item[1]))
+    return best, float(np.logaddexp(*scores))
+
+
+def test_ctc_greedy_merges_repeats_drops_blanks_and_ignores_padding() -> None:
+    paths = torch.tensor([[3, 3, 0, 3, 4, 0], [0, 0, 5, 5, 5, 6]])
+    log_probs = torch.nn.functional.one_hot(paths, 7).float().mul(9).log_softmax(2)
+    found = ctc_greedy(log_probs, torch.tensor([6, 4]))
+    assert [tokens for tokens, _ in found] == [(3, 3, 4), (5,)]
+    assert found[1][1] == pytest.approx(4 * float(log_probs.max()), rel=1e-3)
+    assert ctc_greedy(log_probs, torch.tensor([6, 2]), blank=3)[0][0] == (0, 4, 0)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_ctc_beam_finds_the_most_probable_text_of_all_paths(seed: int) -> None:
+    blank = seed % 3
+    log_probs = noise(3, 5, 3, seed=seed).log_softmax(2)
+    lengths = torch.tensor([5, 4, 1])
+    for row, (tokens, score) in enumerate(ctc_beam(log_probs, lengths, blank, beam=200)):
+        texts = all_texts(log_probs[row, : lengths[row]], blank)
+        best = max(texts, key=lambda text: texts[text])
+        assert tokens == best
+        assert score == pytest.approx(texts[best], abs=1e-6)
+
+
+@pytest.mark.parametrize("beam", [2, 3, 5])
+@pytest.mark.parametrize("scale", [0.3, 2.0])
+def test_ctc_beam_equals_the_plain_algorithm_at_any_width(beam: int, scale: float) -> None:
+    """Guards the shortcut that looks at few tokens of each frame only."""
+    log_probs = noise(12, 15, 20, seed=beam, scale=scale).log_softmax(2)
+    found = ctc_beam(log_probs, torch.full((12,), 15), 0, beam)
+    for row in range(12):
+        tokens, score = plain_prefix_beam(log_probs[row].double().numpy(), 0, beam)
+        assert found[row][0] == tokens
+        assert found[row][1] == pytest.approx(score, abs=1e-9)
+
+
+def test_ctc_beam_finds_a_text_that_greedy_misses() -> None:
+    log_probs = torch.tensor([[[0.6, 0.4], [0.6, 0.4]]]).log()  # blank blank 0.36; the label in any way 0.64
+    assert ctc_greedy(log_probs, torch.tensor([2]))[0][0] == ()
+    tokens, score = ctc_beam(log_probs, torch.tensor([2]), beam=2)[0]
+    assert tokens == (1,)
+    assert score == pytest.approx(np.log(0.64), abs=1e-6)
+
+
+def sentence_score(model: Fake, encoded: Tensor, length: int, tokens: tuple[int, ...]) -> float:
+    inputs = torch.tensor([[Tokenizer.bos, *tokens]])
+    log_probs = model.decoder_logits(inputs, encoded[None], torch.tensor([length]))[0].log_softmax(1)
+    return float(sum(log_probs[u, token] for u, token in enumerate((*tokens, Tokenizer.eos))))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_decoder_beam_finds_the_best_of_all_texts(seed: int) -> None:
+    model, encoded, lengths = Fake(6, seed), noise(4, 3, 6, seed=seed), torch.tensor([3, 1, 2, 3])
+    texts = [t for n in range(4) for t in itertools.product(range(3, 6), repeat=n)]
+    found = decoder_beam(model, encoded, lengths, max_length=3, beam=40)
+    narrow = decoder_beam(model, encoded, lengths, max_length=3, beam=2)
+    for row, (tokens, score) in enumerate(found):
+        scores = {text: sentence_score(model, encoded[row], int(lengths[row]), text) for text in texts}
+        assert tokens == max(scores, key=lambda text: scores[text])
+        assert score == pytest.approx(scores[tokens], abs=1e-4)
+        assert narrow[row][1] == pytest.approx(scores[narrow[row][0]], abs=1e-4)
+        assert narrow[row][1] <= score + 1e-4
+
+
+@pytest.mark.parametrize("max_length", [1, 2, 5])
+def test_decoder_greedy_takes_the_best_step_and_stops(max_length: int) -> None:
+    model, encoded, lengths = Fake(7), noise(20, 4, 7), torch.full((20,), 4)
+    found = decoder_greedy(model, encoded, lengths, max_length)
+    assert len({len(tokens) for tokens, _ in found}) > 1  # rows end at different steps
+    for row, (tokens, score) in enumerate(found):
+        wanted: list[int] = []
+        while len(wanted) < max_length:
+            inputs = torch.tensor([[Tokenizer.bos, *wanted]])
+            last = model.decoder_logits(inputs, encoded[row : row + 1], lengths[:1])[0, -1]
+            last[[Tokenizer.unk, Tokenizer.bos]] = -torch.inf
+            if int(last.argmax()) == Tokenizer.eos:
+                break
+            wanted.append(int(last.argmax()))
+        assert tokens == tuple(wanted)
+        assert score == pytest.approx(sentence_score(model, encoded[row], 4, tokens), abs=1e-4)
+
+
+def test_word_list_scores_equal_both_heads_by_hand() -> None:
+    model, encoded, lengths = Fake(6), noise(3, 4, 6), torch.tensor([4, 2, 3])
+    words = [(3,), (4, 4), (3, 5, 4), (5, 3, 4, 4)]
+    ctc = word_list_scores(model, encoded, lengths, words, ctc_weight=1.0)
+    decoder = word_list_scores(model, encoded, lengths, words, ctc_weight=0.0)
+    for row, length in enumerate(lengths.tolist()):
+        texts = all_texts(encoded[row, :length].log_softmax(1), 0)
+        assert ctc[row].tolist() == pytest.approx([texts.get(w, -np.inf) for w in words], abs=1e-5)
+        by_hand = [sentence_score(model, encoded[row], length, word) for word in words]
+        assert decoder[row].tolist() == pytest.approx(by_hand, abs=1e-5)
+    assert ctc[1, 1] == -torch.inf  # a repeated token needs a blank between: three frames
+    assert decoder.isfinite().all()
+    both = word_list_scores(model, encoded, lengths, words, ctc_weight=0.3)
+    torch.testing.assert_close(both, 0.3 * ctc + 0.7 * decoder)
+
+
+def test_long_word_lists_are_scored_in_parts() -> None:
+    model, encoded = Fake(9), noise(1, 5, 9)
+    words = [tuple(w) for n in (1, 2, 3) for w in itertools.product(range(3, 9), repeat=n)]
+    assert len(words) == 258
+    together = word_list_scores(model, encoded, torch.tensor([5]), words, 0.5)
+    alone = [word_list_scores(model, encoded, torch.tensor([5]), [word], 0.5).item() for word in words]
+    assert together[0].tolist() == pytest.approx(alone, abs=1e-5)
+
+
+def student(tokenizer: Tokenizer) -> Student:
+    torch.manual_seed(0)
+    model = Student(ModelConfig(size="micro"), tokenizer.size).eval()
+    with torch.no_grad():  # an untrained model says nearly the same to everyone: make it choosy
+        model.ctc_head.weight *= 8
+        model.decoder_head.weight *= 8
+        model.decoder_head.bias[Tokenizer.eos] -= 25
+        for layer in model.decoder.layers:
+            layer.multihead_attn.out_proj.weight *= 20
+    return model
+
+
+@pytest.mark.parametrize("settings", MODES, ids=str)
+def test_a_real_student_decodes_batches_as_it_decodes_one_by_one(settings: DecodeConfig) -> None:
+    tokenizer = Tokenizer.train(WORDS, "char", 64, "upper")
+    model, words = student(tokenizer), ["BAD", "CAB", "DAD", "ACE"]  # of one length, as no mode evens lengths out
+    lengths = torch.tensor([120, 64, 97, 33, 80])
+    features = noise(5, 120, 80, scale=0.5) + noise(5, 1, 80, seed=1)
+    features = features.masked_fill(~valid_mask(lengths, 120)[:, :, None], 0)
+    together = decode(model, features, lengths, settings, tokenizer, words)
+    reverse = decode(model, features.flip(0), lengths.flip(0), settings, tokenizer, words)[::-1]
+    alone = [
+        decode(model, features[i : i + 1, :n], lengths[i : i + 1], settings, tokenizer, words)[0]
+        for i, n in enumerate(lengths.tolist())
+    ]
+    for others in (reverse, alone):
+        assert [(h.tokens, h.text) for h in others] == [(h.tokens, h.text) for h in together]
+        assert [h.score for h in others] == pytest.approx([h.score for h in together], abs=1e-3)
+    assert len({h.text for h in together}) > 1
+    assert all(tokenizer.decode(h.tokens) == h.text for h in together)
+
+
+@pytest.mark.parametrize("settings", MODES, ids=str)
+def test_rows_of_a_batch_never_influence_each_other(settings: DecodeConfig) -> None:
+    tokenizer = Tokenizer.train(WORDS, "char", 64, "upper")
+    model, lengths = Fake(tokenizer.size), torch.randint(1, 9, (30,), generator=torch.Generator().manual_seed(1))
+    features = noise(30, 12, tokenizer.size)
+    features[~valid_mask(lengths, 12)] = 50.0  # padding that would win everywhere if it were read
+    together = decode(model, features, lengths, settings, tokenizer, WORDS)
+    for i, n in enumerate(lengths.tolist()):
+        alone = decode(model, features[i : i + 1, :n], lengths[i : i + 1], settings, tokenizer, WORDS)[0]
+        assert (alone.tokens, alone.text) == (together[i].tokens, together[i].text)
+
+
+def test_a_recording_too_short_for_every_word_gives_an_empty_text() -> None:
+    tokenizer = Tokenizer.train(WORDS, "char", 64, "upper")
+    model, features = Fake(tokenizer.size), noise(2, 6, tokenizer.size)
+    words = ["ABBA", "DECADE"]
+    short, enough = decode(model, features, torch.tensor([3, 6]), DecodeConfig(word_list=True), tokenizer, words)
+    assert (short.tokens, short.text, short.score) == ((), "", -float("inf"))
+    assert enough.text in words
+
+
+def test_what_cannot_be_decoded_is_refused() -> None:
+    tokenizer = Tokenizer.train(WORDS, "char", 64, "upper")
+    model, features, lengths = Fake(tokenizer.size), noise(1, 6, tokenizer.size), torch.tensor([6])
+    closed = DecodeConfig(word_list=True)
+    with pytest.raises(ConfigError, match="no words"):
+        decode(model, features, lengths, closed, tokenizer)
+    with pytest.raises(TokenizerError, match=r"'ZOO' \(<unk> for O Z\)"):
+        decode(model, features, lengths, closed, tokenizer, ["CAB", "ZOO"])
+    for settings in MODES:
+        with pytest.raises(CheckpointError, match="NaN"):
+            decode_encoded(model, features * torch.nan, lengths, settings, tokenizer, WORDS)
+    model.training = True
+    with pytest.raises(ValueError, match="eval"):
+        decode(model, features, lengths, DecodeConfig(), tokenizer)
+
+
+def test_max_length_too_short_names_the_prompt() -> None:
+    tokenizer = Tokenizer.train(WORDS, "char", 64, "upper")
+    check_max_length(WORDS, tokenizer, 6)  # </s> is not counted
+    with pytest.raises(TokenizerError, match=r"'DECADE' has 6 tokens but max_length is 3: 2 of 6 .*--max-length 6"):
+        check_max_length(WORDS, tokenizer, 3)
+
+
+def test_the_decoder_can_write_a_prompt_of_max_length() -> None:
+    """max_length tokens and then </s>: what `check_max_length` promises."""
+    tokenizer = Tokenizer.train(WORDS, "char", 64, "upper")
+    wanted = tokenizer.encode("CAB")
+
+    class Speller(Fake):
+        def decoder_logits(self, tokens: Tensor, encoded: Tensor, encoded_lengths: Tensor) -> Tensor:
+            script = torch.tensor([*wanted, Tokenizer.eos])[: tokens.shape[1]].expand(len(tokens), -1)
+            return torch.nn.functional.one_hot(script, tokenizer.size).float() * 20
+
+    for beam in (1, 3):
+        settings = DecodeConfig(mode="decoder", beam=beam, max_length=3)
+        found = decode(Speller(tokenizer.size), noise(2, 4, tokenizer.size), torch.tensor([4, 2]), settings, tokenizer)
+        assert [h.text for h in found] == ["CAB", "CAB"]
