@@ -13,14 +13,13 @@ import pytest
 from rich.console import Console
 
 from xded.errors import ScoringError
+from xded.report.tables import confusion_table, score_table
 from xded.scoring import (
     Prediction,
     Scores,
     compare,
-    confusion_table,
     read_predictions,
     score,
-    table,
     write_predictions,
 )
 from xded.tokenizer import Tokenizer
@@ -103,6 +102,12 @@ def test_one_take_or_one_speaker_gives_no_interval() -> None:
     s = scored(said("A", "A", "1"), said("A", "A", "1", recording="1b"))
     assert (s.overall.recordings, s.overall.takes) == (2, 1)
     assert s.overall.wra_percent.low is None
+    assert s.speaker_mean_wra_percent.high is None
+
+
+def test_no_resamples_give_numbers_without_intervals() -> None:
+    s = scored(*(said("A", "A", str(i), speaker=f"S{i % 2}") for i in range(9)), resamples=0)
+    assert (s.overall.wra_percent.value, s.overall.wra_percent.low) == (100.0, None)
     assert s.speaker_mean_wra_percent.high is None
 
 
@@ -202,12 +207,12 @@ def test_every_view_states_its_conditions() -> None:
         "1 seed, fold M08"
     )
     assert s.statement == stated
-    for view in (table(s), confusion_table(s)):
+    for view in (score_table(s), confusion_table(s)):
         output = io.StringIO()
         Console(file=output, width=300).print(view)
         assert stated in " ".join(output.getvalue().split())
     output = io.StringIO()
-    Console(file=output, width=80).print(table(s))
+    Console(file=output, width=80).print(score_table(s))
     assert f"50.0 [{s.overall.wra_percent.low:.1f}, {s.overall.wra_percent.high:.1f}]" in output.getvalue()  # not cut
 
 

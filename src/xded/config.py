@@ -82,7 +82,7 @@ class ModelConfig(Section):
     def _fill_from_size(cls, data: Any) -> Any:
         if isinstance(data, Mapping):
             size = data.get("size", "tiny")
-            return {**SIZES.get(size, {}), **data} if size is not None else data
+            return {**SIZES.get(size, {}), **data} if isinstance(size, str) else data
         return data
 
     @model_validator(mode="after")
@@ -96,17 +96,25 @@ class ModelConfig(Section):
 
 SIZES: dict[str, dict[str, int]] = {
     # 0.3 M parameters: the demo's student
-    "micro": dict(width=64, encoder_layers=3, heads=4, kernel=15, feed_forward_factor=2,
-                  subsampling_channels=16, decoder_layers=1, decoder_feed_forward=128),
+    "micro": {
+        "width": 64, "encoder_layers": 3, "heads": 4, "kernel": 15, "feed_forward_factor": 2,
+        "subsampling_channels": 16, "decoder_layers": 1, "decoder_feed_forward": 128,
+    },
     # under 1 M parameters
-    "tiny": dict(width=88, encoder_layers=4, heads=4, kernel=15, feed_forward_factor=2,
-                 subsampling_channels=24, decoder_layers=4, decoder_feed_forward=88),
+    "tiny": {
+        "width": 88, "encoder_layers": 4, "heads": 4, "kernel": 15, "feed_forward_factor": 2,
+        "subsampling_channels": 24, "decoder_layers": 4, "decoder_feed_forward": 88,
+    },
     # NeMo Conformer-CTC small, and the reference study's decoder
-    "small": dict(width=176, encoder_layers=16, heads=4, kernel=31, feed_forward_factor=4,
-                  subsampling_channels=176, decoder_layers=4, decoder_feed_forward=1024),
+    "small": {
+        "width": 176, "encoder_layers": 16, "heads": 4, "kernel": 31, "feed_forward_factor": 4,
+        "subsampling_channels": 176, "decoder_layers": 4, "decoder_feed_forward": 1024,
+    },
     # NeMo Conformer-CTC medium
-    "base": dict(width=256, encoder_layers=18, heads=4, kernel=31, feed_forward_factor=4,
-                 subsampling_channels=256, decoder_layers=4, decoder_feed_forward=1024),
+    "base": {
+        "width": 256, "encoder_layers": 18, "heads": 4, "kernel": 31, "feed_forward_factor": 4,
+        "subsampling_channels": 256, "decoder_layers": 4, "decoder_feed_forward": 1024,
+    },
 }  # fmt: skip
 
 
@@ -121,6 +129,7 @@ class FoldConfig(Section):
     controls: bool = Field(True, description="train on the control speakers too")
     validation: Literal["takes", "speakers"] = Field("takes", description="what validation keeps from training")
     validation_fraction: float = Field(0.1, description="share of takes (or speakers) kept", ge=0, lt=1)
+    split_seed: int = Field(0, description="of the draw, apart from `seed`: all seeds train on the same takes", ge=0)
 
 
 class ObjectiveConfig(Section):
@@ -207,7 +216,7 @@ class DecodeConfig(Section):
 
     mode: Literal["ctc", "decoder"] = Field("ctc", description="head that is decoded")
     beam: int = Field(1, description="beam width; 1 is greedy", ge=1)
-    max_length: int = Field(20, description="most tokens the decoder may write", ge=1)
+    max_length: int = Field(20, description="most tokens the decoder may write, without </s>", ge=1, le=511)
     word_list: bool = Field(False, description="score every listed word with both heads and take the best")
     ctc_weight: float = Field(0.5, description="weight of the CTC head in word-list scoring", ge=0, le=1)
     batch_size: int = Field(32, description="recordings decoded together", ge=1)
@@ -284,6 +293,8 @@ def load(path: Path) -> Config:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such config file.", "Check the path given with --config.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}.", "Give a YAML file with --config.") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}.", "Mend the line that is named.") from error
     if not isinstance(data, Mapping):
@@ -295,7 +306,8 @@ def override(config: Config, changes: Mapping[str, Any], where: str = "the comma
     """A config with dotted keys (`train.batch_size`) replaced; `None` values are skipped."""
     data = config.model_dump()
     if changes.get("model.size") is not None:
-        data["model"] = {}  # a new size brings its own numbers; only fields given beside it are kept
+        # a new size brings its own numbers; of the old ones only those stay that no size sets (dropout)
+        data["model"] = {key: value for key, value in data["model"].items() if key not in SIZES["tiny"]}
     for key, value in changes.items():
         if value is None:
             continue

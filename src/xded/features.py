@@ -120,11 +120,12 @@ class LogMel(nn.Module):
     @torch.no_grad()
     def fit(self, waveforms: Iterable[np.ndarray]) -> None:
         """Sets the global mean and standard deviation from training recordings (float32 [N] each)."""
-        count, total, squares = 0, torch.zeros(self.config.mels), torch.zeros(self.config.mels)
+        count, total = 0, torch.zeros(self.config.mels, dtype=torch.double)
+        squares = torch.zeros_like(total)
         for waveform in waveforms:
             samples = torch.tensor([len(waveform)])
             features, lengths = self.log_mel(torch.from_numpy(waveform)[None], samples)
-            valid = features[0, : int(lengths[0])]
+            valid = features[0, : int(lengths[0])].double()
             count, total, squares = count + len(valid), total + valid.sum(0), squares + valid.square().sum(0)
         mean = total / count
         self.mean.copy_(mean)

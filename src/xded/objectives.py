@@ -6,6 +6,7 @@ and batch order change nothing, and equal micro-batches add up.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from xded.features import valid_mask
 
-LEAST_REST = 1e-6  # probability below which the unlisted entries count as empty
+LEAST_REST = 1e-6  # of a target: mass below which its unlisted entries count as empty (it is rounding)
 
 
 class TopK(NamedTuple):
@@ -54,7 +55,7 @@ def ctc(logits: Tensor, frames: Tensor, tokens: Tensor, token_lengths: Tensor, b
 
 def ctc_frames_needed(tokens: list[int]) -> int:
     """Fewest frames in which CTC can spell the tokens: one each, and a blank between equal neighbours."""
-    return len(tokens) + sum(a == b for a, b in zip(tokens, tokens[1:], strict=False))
+    return len(tokens) + sum(a == b for a, b in pairwise(tokens))
 
 
 def cross_entropy(logits: Tensor, tokens: Tensor, lengths: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -76,9 +77,10 @@ def top_k_kl(logits: Tensor, target: TopK, temperature: float) -> Tensor:
     listed = log_student.gather(-1, target.ids)  # [B, T, k]
     kl = (torch.xlogy(target.probabilities, target.probabilities) - target.probabilities * listed).sum(-1)
     if target.ids.shape[-1] < logits.shape[-1]:
-        student_rest = (1.0 - listed.exp().sum(-1)).clamp(min=LEAST_REST)
+        # summed over the unlisted entries, not 1 - listed: that has no gradient where the student is certain
+        log_student_rest = log_student.scatter(-1, target.ids, -torch.inf).logsumexp(-1)
         rest = torch.where(target.rest > LEAST_REST, target.rest, 0.0)
-        kl = kl + torch.xlogy(rest, rest) - rest * student_rest.log()
+        kl = kl + torch.xlogy(rest, rest) - rest * log_student_rest
     return kl * temperature**2
 
 

@@ -17,9 +17,6 @@ from typing import Final
 import jiwer
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-from rich.text import Text
 
 from xded.errors import ScoringError
 from xded.tokenizer import normalise
@@ -221,6 +218,11 @@ class _Counts:
     pairs: list[tuple[str, str]]  # normalised reference and hypothesis
 
 
+def is_right(prediction: Prediction, normaliser: str) -> bool:
+    """The rule of WRA: the whole hypothesis equals the reference after normalisation."""
+    return normalise(prediction.hypothesis, normaliser) == normalise(prediction.reference, normaliser)
+
+
 def score(
     predictions: Sequence[Prediction],
     *,
@@ -238,7 +240,7 @@ def score(
         word_list: the words that outputs are looked up in.
         conditions: at least the keys of `CONDITIONS`, with one of the values there; other keys are kept.
         seed: of the resampling.
-        resamples: bootstrap replicates of each interval.
+        resamples: bootstrap replicates of each interval; 0 leaves the intervals out.
 
     Raises:
         ScoringError: no predictions, a recording twice with the same seed, a reference of which nothing is left after
@@ -310,7 +312,7 @@ def _count(predictions: Sequence[Prediction], normaliser: str, word_list: Iterab
     return _Counts(
         recording=np.unique([p.recording for p in predictions], return_inverse=True)[1],
         take=np.unique([p.take for p in predictions], return_inverse=True)[1],
-        right=np.array([reference == hypothesis for reference, hypothesis in pairs]),
+        right=np.array([is_right(p, normaliser) for p in predictions]),
         errors=np.array(_errors(list(distinct)))[[distinct[pair] for pair in pairs]],
         empty=np.array([not hypothesis for _, hypothesis in pairs]),
         listed=None if words is None else np.array([hypothesis in words for _, hypothesis in pairs]),
@@ -361,7 +363,7 @@ def _by_take(take: np.ndarray, *columns: np.ndarray) -> np.ndarray:
 
 
 def _interval(value: float, replicates: np.ndarray, units: int) -> Estimate:
-    """An estimate with its percentile interval, or without one when nothing was resampled (resamples 0, or a single unit)."""
+    """An estimate with its percentile interval, or without one (`resamples` 0, or fewer than two takes or speakers)."""
     if units < 2 or len(replicates) == 0:
         return Estimate(value, None, None)
     low, high = np.percentile(replicates, [2.5, 97.5])
@@ -465,35 +467,3 @@ def compare(a: Scores, b: Scores, *, seed: int = 0, resamples: int = 2000, permu
 def _difference(sums: np.ndarray) -> np.ndarray:
     """WRA of a minus WRA of b, points, from sums of (right a, right b, predictions a, predictions b): [..., 4]."""
     return 100 * (sums[..., 0] / sums[..., 2] - sums[..., 1] / sums[..., 3])
-
-
-def table(scores: Scores) -> Table:
-    """One row for each group, for 80 columns; the caption holds the conditions. `scores.json` has all intervals."""
-    view = Table(
-        "", title="Scores", caption=Text(scores.statement), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
-    )
-    for heading in ("takes", "WRA % [95 %]", "WER %", "CER %", "empty", "distinct", "words", "listed"):
-        view.add_column(heading, justify="right", no_wrap=True)
-
-    def add(name: str, s: Summary, last: bool) -> None:
-        wer, cer, empty = (f"{rate.value:.1f}" for rate in (s.wer_percent, s.cer_percent, s.empty_percent))
-        words = f"{s.words_per_output.value:.2f}"
-        listed = f"{s.listed_percent.value:.1f}" if s.listed_percent else "-"
-        cells = (Text(name), str(s.takes), str(s.wra_percent), wer, cer, empty, str(s.distinct_outputs), words, listed)
-        view.add_row(*cells, end_section=last)
-
-    add("all", scores.overall, False)
-    if len(scores.by_speaker) > 1:
-        view.add_row("mean of speakers", "", str(scores.speaker_mean_wra_percent), end_section=True)
-    for groups in (scores.by_speaker, scores.by_band, scores.by_word_type):
-        for name, summary in groups.items():
-            add(name, summary, name == list(groups)[-1])
-    return view
-
-
-def confusion_table(scores: Scores) -> Table:
-    """The most frequent wrong outputs of all predictions."""
-    view = Table("said", "heard as", "takes", "predictions", title="Confusions", caption=Text(scores.statement))
-    for c in scores.overall.confusions:
-        view.add_row(Text(c.reference), Text(c.hypothesis or "(nothing)"), str(c.takes), str(c.predictions))
-    return view

@@ -7,15 +7,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from xded.errors import EXIT_FINDINGS
+from xded.errors import EXIT_FINDINGS, XdedError
 
 if TYPE_CHECKING:
     from xded.corpus.checks import Candidate, Report, Row
 
 ROWS_SHOWN = 10
 
-app = typer.Typer(no_args_is_help=True, help="Import, describe, check, synthesise or simulate a corpus.")
-importer = typer.Typer(no_args_is_help=True)
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    add_completion=False,
+    help="Import, describe, check, synthesise or simulate a corpus.\n\n"
+    "Example: xded corpus import fsdd data/fsdd --out corpora/fsdd",
+)
+importer = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(
     importer,
     name="import",
@@ -119,7 +125,7 @@ def describe_corpus(corpus: CorpusPath, as_json: Json = False) -> None:
     else:
         from rich.console import Console
 
-        Console(highlight=False).print(render(description), soft_wrap=True)
+        Console(highlight=False, markup=False).print(render(description), soft_wrap=True)
 
 
 @app.command("check")
@@ -135,6 +141,85 @@ def check_recordings(corpus: CorpusPath, as_json: Json = False) -> None:
     _report(check_corpus(read), str(read.path), as_json)
 
 
+@app.command("synthesise")
+def synthesise_corpus(
+    out: Annotated[Path, typer.Option(help="Folder for the audio and manifest.jsonl.")],
+    controls: Annotated[int, typer.Option(min=0, help="Control speakers.")] = 6,
+    targets: Annotated[int, typer.Option(min=0, help="Target speakers, severities spread as in UASpeech.")] = 9,
+    words: Annotated[int, typer.Option(min=2, help="Words of the prompt list.")] = 30,
+    takes: Annotated[int, typer.Option(min=1, help="Takes of each word by each speaker.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same bytes.")] = 0,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Make the embedded corpus with the built-in synthesiser: made-up speakers, for trying things out.
+
+    Example: xded corpus synthesise --out corpora/embedded
+    """
+    from xded.corpus.checks import refuse_existing
+    from xded.corpus.synthetic import make_embedded_corpus
+
+    if not overwrite:
+        refuse_existing(out)
+    manifest = make_embedded_corpus(out, controls=controls, targets=targets, words=words, takes=takes, seed=seed)
+    _made(manifest, as_json)
+
+
+@app.command("simulate")
+def simulate_dysarthria(
+    corpus: CorpusPath,
+    out: Annotated[Path, typer.Option(help="Folder for the new audio and manifest.jsonl.")],
+    severity: Annotated[
+        str,
+        typer.Option(help="0 to 1 for all target speakers, or SPEAKER=0.6,SPEAKER=0.2; none: spread as in UASpeech."),
+    ] = "",
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same bytes.")] = 0,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Copy a corpus with simulated dysarthria (a stand-in with a dial, not validated against listeners).
+
+    Example: xded corpus simulate corpora/asc16 --out corpora/asc16-dysarthric --severity 07=0.8,08=0.3
+    """
+    from xded.corpus.checks import refuse_existing
+    from xded.corpus.dysarthria import simulate_corpus
+    from xded.corpus.manifest import read_corpus
+
+    if not overwrite:
+        refuse_existing(out)
+    read = read_corpus(corpus)
+    targets = [speaker for speaker in read.speakers if read.role_of(speaker) == "target"]
+    _made(simulate_corpus(read, out, _severities(severity, targets), seed=seed), as_json)
+
+
+def _severities(given: str, targets: list[str]) -> dict[str, float] | None:
+    """Severity per speaker from the option's text; None when nothing is given."""
+    if not given.strip():
+        return None
+    try:
+        if "=" not in given:
+            return dict.fromkeys(targets, float(given))
+        pairs = [part.rsplit("=", 1) for part in given.split(",")]
+        return {speaker.strip(): float(value) for speaker, value in pairs}
+    except ValueError as error:
+        raise XdedError(
+            f"--severity '{given}' is neither a number nor SPEAKER=NUMBER,...",
+            "Write --severity 0.6 or --severity M01=0.9,M05=0.3.",
+        ) from error
+
+
+def _made(manifest: Path, as_json: bool) -> None:
+    """Says what a command has written."""
+    from xded.corpus.manifest import read_corpus
+
+    made = read_corpus(manifest)
+    facts = {"manifest": str(manifest), "recordings": len(made.recordings), "speakers": len(made.speakers)}
+    if as_json:
+        _print_json(facts)
+    else:
+        typer.echo(f"{manifest}: {facts['recordings']} recordings of {facts['speakers']} speakers.")
+
+
 def _import(
     found: tuple[list[Candidate], list[Row]], source: Path, out: Path, controls: str, overwrite: bool, as_json: bool
 ) -> None:
@@ -144,6 +229,7 @@ def _import(
     if not overwrite:
         refuse_existing(out)
     candidates, rows = found
+    typer.echo(f"Checking {len(candidates):,} recordings ...", err=True)
     names = [name.strip() for name in controls.split(",") if name.strip()]
     report = check(with_controls(candidates, names, str(source)), rows)
     _report(report, str(store(report, out, overwrite=overwrite)), as_json)

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
@@ -114,8 +113,9 @@ def _name(key: Key) -> str:
 
 def render(description: dict[str, Any]) -> RenderableType:
     """The dictionary of `describe` as a table of speakers and a few lines."""
-    table = Table(box=box.SIMPLE_HEAD, title=description["path"], title_justify="left", pad_edge=False)
-    columns = [name for name in COLUMNS if name not in ("band", "mics") or description[f"{name.rstrip('s')}s"]]
+    table = Table(box=None, padding=(0, 1, 0, 0), title=description["path"], title_justify="left")
+    unknown = {name for name, values in (("band", "bands"), ("mics", "mics")) if not description[values]}
+    columns = [name for name in COLUMNS if name not in unknown]
     for name in columns:
         table.add_column(name, justify="left" if name in ("speaker", "role", "band") else "right", no_wrap=True)
     for row in description["speakers"]:
@@ -150,7 +150,9 @@ def _missing_lines(row: dict[str, Any]) -> list[str]:
     for kind, names in (("prompts", missing["prompts"]), ("recordings", list(missing["single"]))):
         if names:
             more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-            parts.append(f"{len(names)} {kind} ({', '.join(names[:NAMES_SHOWN])}{more})")
+            parts.append(
+                f"{len(names)} {kind if len(names) > 1 else kind[:-1]} ({', '.join(names[:NAMES_SHOWN])}{more})"
+            )
     lines = [f"{row['speaker']} lacks {missing['recordings']:,} of {missing['of']:,} recordings: {'; '.join(parts)}."]
     for run in missing["runs"]:
         lines.append(

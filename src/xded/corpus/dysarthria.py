@@ -66,6 +66,8 @@ _PITCH_WINDOW = np.hanning(1024).astype(np.float32)  # 64 ms: three periods at 5
 _PITCH_LAGS = (SAMPLE_RATE // 400, SAMPLE_RATE // 65)  # samples
 _window_power = np.abs(scipy.fft.rfft(_PITCH_WINDOW, 2048)) ** 2
 _WINDOW_AUTOCORRELATION = (scipy.fft.irfft(_window_power) / _window_power.mean())[: _PITCH_LAGS[1]] + 1e-3
+_WINDOW_AUTOCORRELATION = _WINDOW_AUTOCORRELATION.astype(np.float32)
+_OCTAVE_COST = (0.02 * np.log2(np.maximum(1, np.arange(_PITCH_LAGS[1])))).astype(np.float32)
 _PITCH_BAND = (np.linspace(0, SAMPLE_RATE / 2, 1025) < 1500).astype(np.float32)
 
 
@@ -100,8 +102,9 @@ def analyse(waveform: Array) -> Analysis:
     """Pitch and envelope of a recording [N] at 16 kHz.
 
     The envelope is the log spectrum with all cepstral coefficients above 2.5 ms (40 samples) lifted out; the pitch is
-    the highest peak of the autocorrelation between 65 and 400 Hz, divided by the window's own (Boersma 1993), below
-    1.5 kHz, taken where it exceeds one half and the frame is within 39 dB of the loudest.
+    the highest peak of the autocorrelation between 65 and 400 Hz, divided by the window's own and less a cost per octave
+    (Boersma 1993), of the band below 1.5 kHz. Frames are voiced where the peak exceeds one half, within 39 dB of the
+    loudest.
     """
     frames = len(waveform) // HOP_SAMPLES + 1
     power = np.abs(spectra(waveform, frames)) ** 2 + 1e-9
@@ -114,9 +117,10 @@ def _track_pitch(waveform: Array, log_power: Array) -> Array:
     """Pitch [T] in Hz, 0 where unvoiced; lone voiced frames and jumps of nearly an octave are mended."""
     spectrum = scipy.fft.rfft(frames_of(waveform, len(log_power), _PITCH_WINDOW), 2048, axis=1)
     autocorrelation = scipy.fft.irfft(np.abs(spectrum) ** 2 * _PITCH_BAND, axis=1)[:, : _PITCH_LAGS[1]]
-    autocorrelation /= _WINDOW_AUTOCORRELATION.astype(np.float32)
-    lag = _PITCH_LAGS[0] + autocorrelation[:, _PITCH_LAGS[0] :].argmax(1)
-    height = autocorrelation[np.arange(len(lag)), lag] / (autocorrelation[:, 0] + 1e-9)
+    autocorrelation /= _WINDOW_AUTOCORRELATION * (autocorrelation[:, :1] + 1e-9)
+    # multiples of the period correlate as well as the period itself: Boersma's octave cost prefers the first
+    lag = _PITCH_LAGS[0] + (autocorrelation - _OCTAVE_COST)[:, _PITCH_LAGS[0] :].argmax(1)
+    height = autocorrelation[np.arange(len(lag)), lag]
     voiced = (height > 0.5) & (log_power > log_power.max() - 9)
     neighbours = np.r_[False, voiced[:-1]] | np.r_[voiced[1:], False]
     voiced &= neighbours
@@ -177,7 +181,8 @@ def _undershoot(envelope: Array, amounts: Emphasis) -> Array:
     if amounts.undershoot <= 0:
         return envelope
     smoothed = _smooth(envelope, 0.5 + 13 * amounts.undershoot)
-    return (1 - amounts.undershoot) * envelope + amounts.undershoot * smoothed
+    share = min(1.0, 1.5 * amounts.undershoot)
+    return (1 - share) * envelope + share * smoothed
 
 
 def _centralise(envelope: Array, amounts: Emphasis) -> Array:
@@ -189,13 +194,13 @@ def _centralise(envelope: Array, amounts: Emphasis) -> Array:
     weight = np.exp(2 * (level - level.max()))
     mean_shape = (weight * envelope).sum(0) / weight.sum()
     mean_shape -= mean_shape.mean()
-    drawn = level + (1 - 0.8 * amount) * (envelope - level) + 0.8 * amount * mean_shape
+    drawn = level + (1 - 0.85 * amount) * (envelope - level) + 0.85 * amount * mean_shape
     return _smooth(drawn, 0.5 + 7 * amount, axis=1)
 
 
 def _stray(envelope: Array, amounts: Emphasis, rng: np.random.Generator) -> Array:
-    """Random targets: the frequency axis of each frame is stretched by a slow random factor (5 % at most signs)."""
-    factor = np.exp(0.05 * amounts.irregularity * _wander(len(envelope), 12, rng))[:, None]
+    """Random targets: each frame's frequency axis is stretched slowly at random (s.d. 7 % at full irregularity)."""
+    factor = np.exp(0.07 * amounts.irregularity * _wander(len(envelope), 12, rng))[:, None]
     source = np.clip(np.arange(BINS, dtype=np.float32)[None] * factor, 0, BINS - 1.001)
     low = source.astype(int)
     share = source - low

@@ -111,10 +111,8 @@ def split(
             f"{corpus.path}: no recording is left to train on.",
             "Hold out or exclude fewer speakers, train on the controls too, or keep less for validation.",
         )
-    return Split(
-        *(tuple(r for r in corpus.recordings if r.take in part and r.speaker not in fold.exclude)
-          for part in (trained, kept, test))
-    )  # fmt: skip
+    parts = (tuple(r for r in corpus.recordings if r.take in part) for part in (trained, kept, test))
+    return Split(*parts)
 
 
 def _validation_takes(

@@ -183,20 +183,25 @@ def absolute(path: Path) -> Path:
 
 def _parse(line: str, folder: Path) -> Recording:
     """One line as a recording with an absolute path; ValueError says what is wrong with it."""
+    recording = validate(load_object(line))
+    return recording.model_copy(update={"audio_filepath": absolute(folder / recording.audio_filepath)})
+
+
+def load_object(line: str) -> dict[str, Any]:
+    """One line of JSON as an object; ValueError says what it is instead."""
     try:
         data: Any = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from error
     except RecursionError as error:
         raise ValueError("not a flat JSON object") from error
-    recording = validate(data)
-    return recording.model_copy(update={"audio_filepath": absolute(folder / recording.audio_filepath)})
-
-
-def validate(data: Any) -> Recording:
-    """One object of a manifest as a recording, its path as it stands. ValueError names every wrong key."""
     if not isinstance(data, dict):
         raise ValueError(f"expected an object with keys audio_filepath, duration, text ..., found {data!r:.60}")
+    return data
+
+
+def validate(data: dict[str, Any]) -> Recording:
+    """One object of a manifest as a recording, its path as it stands. ValueError names every wrong key."""
     try:
         return Recording.model_validate(data)
     except ValidationError as error:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from xded.corpus.checks import Candidate, Row
-from xded.corpus.manifest import MANIFEST_NAME, absolute, validate
+from xded.corpus.manifest import MANIFEST_NAME, absolute, load_object, validate
 from xded.errors import CorpusError
 
 ID_KEYS = ("speaker", "take", "prompt", "recording", "block", "mic")
@@ -61,13 +60,10 @@ def find(source: Path, speaker_key: str = "speaker") -> tuple[list[Candidate], l
 
 
 def _object(line: str) -> dict[str, Any]:
-    """A line as an object that names an audio file."""
-    try:
-        data = json.loads(line)
-    except RecursionError as error:
-        raise ValueError("not a flat JSON object") from error
-    if not isinstance(data, dict) or not isinstance(data.get("audio_filepath"), str):
-        raise ValueError(f"expected an object with an audio_filepath, found {line[:60]}")
+    """A line's keys that hold something; ValueError when it names no audio file."""
+    data = {key: value for key, value in load_object(line).items() if value is not None}
+    if not isinstance(data.get("audio_filepath"), str):
+        raise ValueError("key 'audio_filepath' is missing or not text")
     return data
 
 
@@ -82,7 +78,7 @@ def _candidate(data: dict[str, Any], audio: Path, name: str, speaker_key: str) -
     """One line with our defaults; ValueError names every wrong key."""
     ids = {key: str(data[key]) for key in ID_KEYS if isinstance(data.get(key), str | int)}
     defaults = {"recording": name, "take": ids.get("recording", name), "prompt": data.get("text")}
-    speaker = {"speaker": str(data[speaker_key])} if data.get(speaker_key) is not None else {}
+    speaker = {"speaker": str(data[speaker_key])} if speaker_key in data else {}
     recording = validate(defaults | data | ids | speaker | {"audio_filepath": str(audio)})
     return Candidate(**{key: getattr(recording, key) for key in Candidate.__dataclass_fields__})
 

@@ -109,6 +109,8 @@ def spread_severities(speakers: Iterable[str], seed: int = 0) -> dict[str, float
     """Severities for speakers, spread as UASpeech's: evenly spaced ranks of its table, dealt out in a random order."""
     names = sorted(set(speakers))
     table = 1 - np.array(UASPEECH_INTELLIGIBILITY) / 100
-    ranks = np.rint(np.linspace(0, len(table) - 1, len(names))).astype(int) if len(names) > 1 else np.array([7])
+    middle = (len(table) - 1) / 2
+    places = np.linspace(0, len(table) - 1, len(names)) if len(names) != 1 else np.array([middle])
+    ranks = np.rint(places).astype(int)
     order = seeded("spread", seed).permutation(len(names))
     return {names[place]: round(float(table[rank]), 2) for place, rank in zip(order, ranks, strict=True)}

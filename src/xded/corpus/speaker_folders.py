@@ -55,7 +55,7 @@ def read_texts(path: Path) -> dict[str, str]:
     """Text of every prompt, from a JSON object {prompt: text} or from JSON lines with `prompt` and `text`.
 
     Raises:
-        CorpusError: no such file, neither of the two forms, or a prompt with two texts.
+        CorpusError: no such file, neither of the two forms, no texts, or a prompt with two texts.
     """
     try:
         content = path.read_text(encoding="utf-8")
@@ -79,4 +79,6 @@ def read_texts(path: Path) -> dict[str, str]:
                 raise CorpusError(f"{path}, object {number}: {prompt!r:.40}: {text!r:.40} is not text.", form)
             if texts.setdefault(prompt, text) != text:
                 raise CorpusError(f"{path}: prompt '{prompt}' is both '{texts[prompt]}' and '{text}'.", "Keep one.")
+    if not texts:
+        raise CorpusError(f"{path} holds no texts.", form)
     return texts

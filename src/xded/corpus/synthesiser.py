@@ -40,10 +40,13 @@ from xded.corpus.vocoder import BIN_HZ, HOP_S, SAMPLE_RATE, Array, nasal_colour,
 
 Sex = Literal["f", "m"]
 
+FRONTED_BACK = (0.0, 0.3, 0.0)  # log factors on UW and UH: since 1952 their F2 has risen by a third or more
+# in most accents (Hagiwara 1997), by how much differs between speakers
 SCHWA_HZ = np.array(VOWELS["AX"], float)
 OFF_DB = -60.0  # of a source that is silent: below the background noise
 HIGHER_FORMANTS_HZ = (3500.0, 4500.0)  # F4 and F5 of an adult man (Klatt 1980)
 BANDWIDTHS_HZ = (70.0, 95.0, 140.0, 200.0, 280.0)  # F1 to F5
+FINAL_FALL_DB = 12.0  # every voice falls off towards the end of a word said on its own
 _NEPERS_PER_DB = np.log(10) / 20
 
 
@@ -79,11 +82,12 @@ def make_voice(name: str, *, sex: Sex, severity: float = 0.0, kind: Kind | None 
         name=name,
         f0_hz=float(rng.normal(118, 14) if male else rng.normal(205, 20)),
         vocal_tract=float((1.0 if male else 1.15) * np.exp(rng.normal(0, 0.04))),
-        rate=float(np.exp(rng.normal(0, 0.12))),
+        rate=float(np.exp(rng.normal(-0.1, 0.15))),
         tilt_db=float(rng.normal(0, 1.5)),
         breathiness=float(rng.uniform(0, 0.25)),
         frication=float(np.exp(rng.normal(0, 0.08))),
-        accent={phone: np.exp(rng.normal(0, (0.06, 0.05, 0.03))) for phone in resonant},
+        accent={phone: np.exp(rng.normal(0, (0.06, 0.05, 0.03))) for phone in resonant}
+        | {phone: np.exp(rng.normal(FRONTED_BACK, (0.06, 0.2, 0.03))) for phone in ("UW", "UH")},
         timing={phone: float(np.exp(rng.normal(0, 0.12))) for phone in sorted(PHONES)},
         profile=make_profile(severity, kind, speaker=name, seed=seed),
         errors=_error_rates(severity, seeded("errors", seed, name)),
@@ -94,11 +98,11 @@ def make_voice(name: str, *, sex: Sex, severity: float = 0.0, kind: Kind | None 
 def _error_rates(severity: float, rng: np.random.Generator) -> dict[str, float]:
     """Three to five consonant rules of this speaker with their rates, and the rates of dropping and reducing."""
     names = rng.permutation(list(CONSONANT_RULES))[: rng.integers(3, 6)]
-    rates = {str(name): min(1.0, float(rng.beta(1.2, 1.2)) * 1.2 * severity) for name in names}
+    rates = {str(name): min(1.0, float(rng.beta(1.2, 1.2)) * 1.4 * severity) for name in names}
     return rates | {
         "cluster": severity * rng.uniform(0.3, 1.0),
-        "final": severity**2 * rng.uniform(0.2, 0.9),
-        "vowel": severity**2 * rng.uniform(0.2, 0.7),
+        "final": severity**1.5 * rng.uniform(0.2, 0.9),
+        "vowel": severity**1.5 * rng.uniform(0.2, 0.7),
     }
 
 
@@ -287,9 +291,9 @@ def articulate(tracks: Tracks, voice: Voice, rng: np.random.Generator) -> Tracks
     """
     amounts, severity = voice.profile.amounts, voice.profile.severity
     undershoot = amounts.undershoot
-    formants_hz = _smooth(tracks.formants_hz, 4 + 9 * undershoot)
-    formants_hz += (SCHWA_HZ - formants_hz) * np.array([0.6, 0.7, 0.5]) * amounts.centralisation
-    formants_hz *= np.exp((0.013 + 0.043 * severity) * _wander(formants_hz.shape, 6, rng)) * voice.vocal_tract
+    formants_hz = _smooth(tracks.formants_hz, 4 + 10 * undershoot)
+    formants_hz += (SCHWA_HZ - formants_hz) * np.array([0.65, 0.75, 0.55]) * amounts.centralisation
+    formants_hz *= np.exp((0.013 + 0.052 * severity) * _wander(formants_hz.shape, 6, rng)) * voice.vocal_tract
     noise_hz = tracks.noise_hz * voice.frication
     return Tracks(
         formants_hz=formants_hz,
@@ -381,16 +385,17 @@ def envelopes(tracks: Tracks, voice: Voice, level_db: Array) -> tuple[Array, Arr
 def _level_db(voice: Voice, frames: int, rng: np.random.Generator) -> Array:
     """Loudness [T]: decay through the word and slow swings."""
     amounts = voice.profile.amounts
+    place = np.linspace(0, 1, frames)
     swings = (0.42 + 2.6 * amounts.irregularity) * _wander(frames, 14, rng)
-    return swings - 14 * amounts.decay * np.linspace(0, 1, frames)
+    return swings - FINAL_FALL_DB * place**3 - 14 * amounts.decay * place
 
 
 def _record(speech: Array, rng: np.random.Generator) -> np.ndarray:
-    """The recording: peak 0.25 to 0.7 of full scale, 40 to 120 ms before and after, a noise floor 24 to 34 dB down."""
+    """The recording: peak 0.25 to 0.7 of full scale, 40 to 120 ms before and after, a noise floor 26 to 50 dB down."""
     speech = speech / (np.abs(speech).max() + 1e-9) * rng.uniform(0.25, 0.7)
     before, after = (rng.uniform(0.04, 0.12, 2) * SAMPLE_RATE).astype(int)
     padded = np.pad(speech, (before, after))
-    floor = padded.std() * 10 ** (-rng.uniform(24, 34) / 20)
+    floor = padded.std() * 10 ** (-rng.uniform(26, 50) / 20)
     return (padded + floor * rng.standard_normal(len(padded), np.float32)).astype(np.float32)
 
 

@@ -20,6 +20,7 @@ from lightning.fabric.plugins import CheckpointIO
 from xded.errors import CheckpointError, TrainingError
 
 PREFIX = "student."  # of the recogniser inside Lightning's state dict
+FREE_SPACE = "The last good checkpoint is untouched. Free some space and go on with --resume."
 
 
 def sha256_of(path: Path) -> str:
@@ -36,6 +37,11 @@ def sidecar(path: Path) -> Path:
 def previous(path: Path) -> Path:
     """Where the predecessor of `latest.pt` is kept."""
     return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether the system refused to write for want of space (or of quota)."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _write_durably(path: Path, write: Any) -> None:
@@ -63,16 +69,17 @@ def save(payload: Mapping[str, Any], path: Path, *, keep_previous: bool = False)
         temporary.unlink(missing_ok=True)
         sidecar(temporary).unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free
-        if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or free < 2 * needed + 2**20:
+        if disk_is_full(error) or free < 2 * needed + 2**20:
             raise TrainingError(
-                f"The disk is full: {path} could not be written ({free / 2**20:.0f} MB free).",
-                "The last good checkpoint is untouched. Free some space and go on with --resume.",
+                f"The disk is full: {path} could not be written ({free / 2**20:.0f} MB free).", FREE_SPACE
             ) from error
         raise
     if keep_previous and path.exists():
+        # at no moment may a whole file have the hash of another beside it: without one it still loads
+        sidecar(previous(path)).unlink(missing_ok=True)
+        path.replace(previous(path))
         if sidecar(path).exists():
             sidecar(path).replace(sidecar(previous(path)))
-        path.replace(previous(path))
     sidecar(path).unlink(missing_ok=True)
     temporary.replace(path)
     hash_temporary.replace(sidecar(path))
@@ -96,7 +103,7 @@ def load(path: Path) -> dict[str, Any]:
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a damaged or foreign file
         raise CheckpointError(
-            f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}.",
+            f"{path} cannot be read as a checkpoint: {(str(error) or type(error).__name__).splitlines()[0]}.",
             "Use another checkpoint of the run ('xded status RUN' lists them).",
         ) from error
     missing = {"model_state_dict", "config"} - set(payload) if isinstance(payload, dict) else {"model_state_dict"}
@@ -129,12 +136,8 @@ class AtomicCheckpointIO(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Writes what `trainer.save_checkpoint` collected; the run's own keys were added by the module."""
         state = {key.removeprefix(PREFIX): value for key, value in checkpoint["state_dict"].items()}
-        left_out = {
-            "state_dict",
-            "loops",
-            "callbacks",
-            "lr_schedulers",
-        }  # position and schedule are pure functions of `batch`
+        # position and learning rate are pure functions of `batch`
+        left_out = {"state_dict", "loops", "callbacks", "lr_schedulers"}
         kept = {key: value for key, value in checkpoint.items() if key not in left_out}
         save({**kept, "model_state_dict": state}, Path(path), keep_previous=Path(path).name == "latest.pt")
 

@@ -41,10 +41,12 @@ class MaskedBatchNorm(nn.BatchNorm1d):
     """Batch norm over the valid frames only, so that padding changes nothing in training either."""
 
     def forward(self, values: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
-        """[B, T, D] and mask [B, T] -> [B, T, D], zero at padding."""
+        """[B, T, D] and mask [B, T] -> [B, T, D] (padding undefined)."""
         if not self.training:
-            scale = self.weight * torch.rsqrt(self.running_var + self.eps)  # type: ignore[operator]
-            return (values - self.running_mean) * scale + self.bias  # type: ignore[operator]
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            scale = self.weight * torch.rsqrt(self.running_var + self.eps)
+            return (values - self.running_mean) * scale + self.bias
         output = torch.zeros_like(values)
         output[mask] = super().forward(values[mask]).to(output.dtype)
         return output

@@ -13,10 +13,13 @@ from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from xded.corpus.folds import Provenance
+from xded.corpus.manifest import Recording
 from xded.errors import XdedError
+from xded.models.checkpoints import sha256_of
 
 Kind = Literal["ctc", "decoder"]
 RECORDINGS_PER_SHARD = 4_096
@@ -25,6 +28,11 @@ FORMAT = 1
 
 class TargetError(XdedError):
     """Posteriors or targets are missing, damaged, or of other audio, tokens or people."""
+
+
+def audio_hash(recording: Recording) -> str:
+    """SHA-256 of a recording's file: the manifest's, or computed where the manifest has none."""
+    return recording.audio_sha256 or sha256_of(recording.audio_filepath)
 
 
 class Entry(BaseModel):
@@ -139,7 +147,8 @@ def read_index(folder: Path) -> Index:
         return Index.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except (ValidationError, json.JSONDecodeError) as error:
         raise TargetError(
-            f"{path} is damaged or of another version: {error}.", "Make it anew with 'xded targets'."
+            f"{path} is damaged or of another version: {error}.",
+            f"Delete {folder} and make it anew with 'xded targets'.",
         ) from error
 
 
@@ -171,8 +180,23 @@ class Store:
 
     def _shard(self, number: int) -> Mapping[str, np.ndarray]:
         if number not in self._loaded:
-            self._loaded[number] = load_file(self.folder / f"shard_{number:03d}.safetensors")
+            path = self.folder / f"shard_{number:03d}.safetensors"
+            first = number * RECORDINGS_PER_SHARD
+            rows = sum(entry.steps for entry in self.index.recordings[first : first + RECORDINGS_PER_SHARD])
+            try:
+                shard = load_file(path)
+                found = len(shard["ids"])
+            except (OSError, KeyError, SafetensorError) as error:
+                raise self._damaged(path, str(error)) from error
+            if found != rows:
+                raise self._damaged(path, f"it has {found} steps, the index says {rows}")
+            self._loaded[number] = shard
         return self._loaded[number]
+
+    def _damaged(self, path: Path, why: str) -> TargetError:
+        return TargetError(
+            f"{path} is damaged or missing: {why}.", f"Delete {self.folder} and make it anew with 'xded targets'."
+        )
 
     def read(self, recording: str) -> Posterior:
         """Distributions of one recording, probabilities rescaled to sum to exactly 1 after 16-bit storage."""

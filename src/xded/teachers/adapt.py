@@ -61,7 +61,9 @@ def load_or_train_tokenizer(corpus: Corpus, parts: Split, config: Config, path: 
             texts, config.tokenizer.kind, config.tokenizer.vocabulary, config.tokenizer.normaliser
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(tokenizer.model_bytes)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(tokenizer.model_bytes)
+    temporary.replace(path)
     return tokenizer
 
 
@@ -99,7 +101,7 @@ def parts_of(corpus: Corpus, fold: Fold, config: Config) -> Split:
         controls=config.fold.controls,
         validation=config.fold.validation,
         validation_fraction=config.fold.validation_fraction,
-        seed=config.seed,
+        seed=config.fold.split_seed,
     )
 
 
@@ -123,7 +125,9 @@ def teach(
     fold = make_fold(corpus, config.fold)
     with_controls = config.model_copy(update={"fold": config.fold.model_copy(update={"controls": True})})
     parts = parts_of(corpus, fold, with_controls)
-    wanted = tuple(speakers) or teacher_speakers(corpus, fold)
+    # speakers who are kept for validation have nothing to adapt to
+    trained = {recording.speaker for recording in parts.train}
+    wanted = tuple(speakers) or tuple(s for s in teacher_speakers(corpus, fold) if s in trained)
     teachers = Teachers(out)
     train, validation = parent_recordings(corpus, parts, config.teach.parent_on)
     tokenizer = load_or_train_tokenizer(corpus, parts, config, teachers.tokenizer)

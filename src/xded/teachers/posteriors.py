@@ -13,33 +13,31 @@ from xded.config import Config
 from xded.corpus.folds import Fold, coverage, guard, key_of
 from xded.corpus.manifest import Corpus, Recording
 from xded.errors import CorpusError
-from xded.models.checkpoints import sha256_of
-from xded.models.recogniser import Recogniser, load_recogniser
+from xded.models.checkpoints import load
+from xded.models.recogniser import Recogniser, load_recogniser, provenance_of
 from xded.parallel import run_all
 from xded.targets.aggregate import combine, top_k, weigh
-from xded.targets.store import Entry, Index, Kind, Posterior, Store, StoreWriter, TargetError, read_index
-from xded.teachers.adapt import Teachers
+from xded.targets.store import Entry, Index, Kind, Posterior, Store, StoreWriter, TargetError, audio_hash, read_index
+from xded.teachers.adapt import Teachers, parts_of
 from xded.training.data import Batch, TrainingData
 from xded.training.evaluation import batches
 
 KINDS: tuple[Kind, ...] = ("ctc", "decoder")
-
-
-def _audio_hash(recording: Recording) -> str:
-    return recording.audio_sha256 or sha256_of(recording.audio_filepath)
+LEAST_LOG_PROB = -100.0  # of a text that does not fit into its frames: JSON has no infinity
 
 
 def _is_current(folder: Path, teacher_hash: str, recordings: Sequence[Recording], config: Config) -> bool:
     """Whether posteriors are there, of this teacher, these recordings and this temperature."""
-    if not (folder / "index.json").is_file():
+    try:
+        index = read_index(folder)
+    except TargetError:  # missing, unfinished or damaged: it is made anew
         return False
-    index = read_index(folder)
     return (
         list(index.teacher_hashes.values()) == [teacher_hash]
         and index.temperature == config.objective.temperature
         and index.top_k == min(config.target.top_k, index.vocabulary)
         and [(e.recording, e.audio_sha256) for e in index.recordings]
-        == [(r.recording, _audio_hash(r)) for r in recordings]
+        == [(r.recording, audio_hash(r)) for r in recordings]
     )
 
 
@@ -70,7 +68,7 @@ def extract(teacher: Path, speaker: str, recordings: Sequence[Recording], config
 def _entry(recording: Recording, posterior: Posterior, log_prob: float) -> Entry:
     return Entry(
         recording=recording.recording,
-        audio_sha256=_audio_hash(recording),
+        audio_sha256=audio_hash(recording),
         steps=len(posterior.ids),
         true_log_prob=log_prob,
     )
@@ -103,8 +101,9 @@ def posteriors_of(recogniser: Recogniser, batch: Batch, config: Config) -> list[
     decoder_logits = student.decoder_logits(torch.cat([start, batch.tokens[:, :-1]], dim=1), encoded, frames)
     true_ctc = -F.ctc_loss(
         F.log_softmax(ctc_logits, 2).transpose(0, 1), batch.tokens, frames, batch.token_lengths,
-        blank=tokenizer.blank, reduction="none", zero_infinity=True,
+        blank=tokenizer.blank, reduction="none",
     ) / batch.token_lengths  # fmt: skip
+    true_ctc = true_ctc.clamp(min=LEAST_LOG_PROB)
     steps = F.log_softmax(decoder_logits, 2).gather(2, batch.tokens[:, :, None])[:, :, 0]
     temperature = config.objective.temperature
     said: list[dict[Kind, tuple[Posterior, float]]] = []
@@ -159,14 +158,16 @@ def make_targets(
         )
     paths = {speaker: teachers.teacher(speaker) / "best.pt" for speaker in speakers}
     same_audio = config.target.heard == "same_audio"
-    asked = {s: tuple(recordings) if same_audio else corpus.select(speakers=[s]) for s in speakers}
+    test_takes = frozenset(r.take for r in parts_of(corpus, fold, config).test)
+    own = {s: tuple(r for r in corpus.select(speakers=[s]) if r.take not in test_takes) for s in speakers}
+    asked = {s: tuple(recordings) if same_audio else own[s] for s in speakers}
+    heard = [p for path in paths.values() for p in provenance_of(load(path))]
+    guard(fold, dict.fromkeys(heard), test_takes)
     folders = {s: out / "posteriors" / s for s in speakers}
     run_all(_extract_job, [(paths[s], s, asked[s], config, folders[s]) for s in speakers], jobs)
     kinds = KINDS if same_audio else ("decoder",)  # frames of different recordings do not line up
     return {
-        kind: aggregate(
-            kind, {s: Store(folders[s] / kind) for s in speakers}, asked, recordings, corpus, fold, config, out
-        )
+        kind: aggregate(kind, {s: Store(folders[s] / kind) for s in speakers}, asked, recordings, corpus, config, out)
         for kind in kinds
     }
 
@@ -177,13 +178,11 @@ def aggregate(
     asked: Mapping[str, Sequence[Recording]],
     recordings: Sequence[Recording],
     corpus: Corpus,
-    fold: Fold,
     config: Config,
     out: Path,
 ) -> Index:
     """One target a recording from the stores of its teachers."""
     provenance = tuple(dict.fromkeys(p for store in stores.values() for p in store.index.provenance))
-    guard(fold, provenance, frozenset() if not fold.include_held_out else _own_test_takes(recordings, corpus, fold))
     first = next(iter(stores.values())).index
     index = first.model_copy(
         update={
@@ -215,16 +214,10 @@ def aggregate(
         mean = combine([said[s] for s in weights], list(weights.values()), config.target.aggregation, index.vocabulary)
         least_blank = np.min([p.least_blank for p in said.values()], axis=0)
         entry = Entry(
-            recording=recording.recording, audio_sha256=_audio_hash(recording), steps=len(mean), weight=weights
+            recording=recording.recording, audio_sha256=audio_hash(recording), steps=len(mean), weight=weights
         )
         writer.add(entry, top_k(mean, config.target.top_k, least_blank))
     return writer.close()
-
-
-def _own_test_takes(recordings: Sequence[Recording], corpus: Corpus, fold: Fold) -> frozenset[str]:
-    """Takes of held-out speakers that the student does not train on."""
-    trained = {r.take for r in recordings}
-    return frozenset(r.take for r in corpus.select(speakers=fold.held_out) if r.take not in trained)
 
 
 def partners_of(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ class Batch:
         return Batch(**{f.name: move(getattr(self, f.name)) for f in fields(self)})  # type: ignore[arg-type]
 
 
-@cache
+@lru_cache(maxsize=4)  # an epoch is asked for once a batch; a long run has thousands of epochs
 def batches_of_epoch(lengths: tuple[int, ...], batch_size: int, seed: int, epoch: int) -> tuple[tuple[int, ...], ...]:
     """Indices of every batch of an epoch: shuffled, with recordings of like length together."""
     random = np.random.default_rng([seed, epoch])
@@ -103,7 +103,7 @@ class TrainingData(Dataset[dict]):
         front_end: makes features; tokenizer: makes token ids.
         augmentation: none for validation and tests.
         ctc_targets, decoder_targets: stores of aggregated targets, or none.
-        frame_rate_hz: encoded frames a second of the student; encoded_frames: samples -> encoded frames.
+        frame_rate_hz: encoded frames a second of the student; reduce: feature frames -> encoded frames.
     """
 
     def __init__(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 
 from xded import decoding
+from xded.audio import read_audio
 from xded.config import Config, DecodeConfig
-from xded.corpus.manifest import Recording
+from xded.corpus.manifest import Corpus, Recording
+from xded.models.recogniser import Recogniser
 from xded.models.student import Student
 from xded.scoring import Prediction, score
 from xded.tokenizer import Tokenizer
@@ -18,7 +21,8 @@ from xded.training.loop import loss_parts, weighted_sum
 
 def batches(data: TrainingData, batch_size: int) -> Iterator[tuple[list[int], Batch]]:
     """All recordings of `data`, those of like length together, without augmentation."""
-    order = sorted(range(len(data)), key=lambda i: data.lengths[i])
+    lengths = data.lengths
+    order = sorted(range(len(data)), key=lambda i: lengths[i])
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
         yield places, collate([data[(0, place)] for place in places], data.tokenizer.eos)
@@ -91,3 +95,38 @@ def summarise(predictions: Sequence[Prediction], tokenizer: Tokenizer) -> dict[s
         "empty": overall.empty_percent.value / 100,
         "distinct": float(overall.distinct_outputs),
     }
+
+
+def hear(
+    recogniser: Recogniser, path: Path, config: DecodeConfig, word_list: Sequence[str] | None = None
+) -> decoding.Hypothesis:
+    """Recognises one audio file."""
+    waveform = read_audio(path, recogniser.config.features.sample_rate)
+    device = next(recogniser.student.parameters()).device
+    with torch.inference_mode():
+        samples = torch.tensor([len(waveform)], device=device)
+        features, lengths = recogniser.student.front_end(torch.from_numpy(waveform)[None].to(device), samples)
+        features = features[:, : int(lengths[0])]
+        return decoding.decode(recogniser.student, features, lengths, config, recogniser.tokenizer, word_list)[0]
+
+
+def conditions_of(
+    recogniser: Recogniser, corpus: Corpus, test: Sequence[Recording], config: DecodeConfig
+) -> dict[str, str]:
+    """What a score must say: speakers and words seen or not, word list, decode mode."""
+    speakers = {speaker for p in recogniser.provenance for speaker in p.speakers}
+    takes = {take for p in recogniser.provenance for take in p.takes}
+    words = {recording.text for recording in corpus.recordings if recording.take in takes}
+    search = "greedy" if config.beam == 1 else f"beam {config.beam}"
+    return {
+        "speakers": _share_seen({r.speaker for r in test}, speakers),
+        "words": _share_seen({r.text for r in test}, words) if words else "unknown",
+        "word_list": "closed" if config.word_list else "open",
+        "decode": "word list, both heads" if config.word_list else f"{config.mode} {search}",
+    }
+
+
+def _share_seen(tested: set[str], heard: set[str]) -> str:
+    if tested <= heard:
+        return "seen"
+    return "mixed" if tested & heard else "unseen"

@@ -92,7 +92,7 @@ class Loop(L.LightningModule):
         data: training recordings.
         out: run folder; checkpoints are written here.
         validate: called at epoch ends, returns metrics with `wra` and `val_loss` (or an empty mapping).
-        watch: called with every event ("step", "epoch", "saved") for logs, status and metrics.
+        watch: called with every event ("stage", "step", "epoch", "saved") for logs, status and metrics.
         extra: keys that every checkpoint carries (config, tokenizer, provenance).
     """
 
@@ -134,6 +134,7 @@ class Loop(L.LightningModule):
         self.sums, self.best = dict(checkpoint["sums"]), dict(checkpoint["best"])
         self.last_epoch = dict(checkpoint["last_epoch"])
         self.with_gradient = set(checkpoint["with_gradient"])
+        self.last_saved = self.first_batch // self.schedule.accumulate
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with the design's betas; the learning rate is set before every update."""
@@ -164,6 +165,7 @@ class Loop(L.LightningModule):
             frozen = [encoder.subsampling, *encoder.layers[:count]]
         for module in frozen:
             module.requires_grad_(False).eval()
+        self.watch("stage", {"parameters": self.student.parameter_counts()})
 
     # --- one batch ---------------------------------------------------------------------------------------
 
@@ -231,7 +233,7 @@ class Loop(L.LightningModule):
         """Logs, validates at epoch ends, saves when due, stops when asked."""
         number = self.number(batch_idx)
         updated = (number + 1) % self.schedule.accumulate == 0 or number + 1 == self.total_batches
-        update = (number + 1) // self.schedule.accumulate
+        update = self.update_of(number)
         if updated:
             self.pending = []
             rate = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
@@ -245,6 +247,10 @@ class Loop(L.LightningModule):
             self.save_due, self.last_saved = False, update
         if updated and self.stop_requested.is_set() and number + 1 < self.total_batches:
             raise InterruptedRunError(f"Stopped on request after update {update}.", "Go on with --resume.")
+
+    def update_of(self, number: int) -> int:
+        """Update (from 1) that a batch belongs to; the last one may have fewer batches than the others."""
+        return number // self.schedule.accumulate + 1
 
     @property
     def total_batches(self) -> int:
@@ -283,7 +289,8 @@ class Loop(L.LightningModule):
             "train_loss": means["loss"],
             "val_loss": measured.get("val_loss", self.last_epoch["val_loss"]),
         }
-        self.watch("epoch", {"epoch": epoch, **{f"train_{k}": v for k, v in means.items()}, **measured})
+        row = {f"train_{name}": value for name, value in means.items()}
+        self.watch("epoch", {"epoch": epoch, "update": self.update_of(number), **row, **measured})
         better = not self.best or (measured.get("wra", 0.0), -measured.get("val_loss", 0.0)) > (
             self.best.get("wra", 0.0),
             -self.best.get("val_loss", 0.0),
@@ -298,7 +305,7 @@ class Loop(L.LightningModule):
         """Adds what resuming and using the model need."""
         checkpoint.update(self.extra)
         checkpoint.update(
-            epoch=self.schedule.epoch_of_batch(self.saving),
+            epoch=self.schedule.epoch_of_batch(self.saving) + 1,
             batch=self.saving,
             sums=dict(self.sums),
             best=dict(self.best),
@@ -315,24 +322,23 @@ class Loop(L.LightningModule):
         self.watch("saved", {"path": path.name, "best": dict(self.best), "with_gradient": sorted(self.with_gradient)})
 
 
-class StopOnSignal:
-    """Turns the first Ctrl-C or SIGTERM into 'finish the update, save, stop'; a second one stops at once."""
+class StopOnSignal(L.Callback):
+    """Turns the first Ctrl-C or SIGTERM into 'finish the update, save, stop'; a second one stops at once.
+
+    A callback, because Lightning installs a SIGTERM handler of its own that ends the run after the batch without
+    saving: this one takes its place when training starts. Lightning puts the caller's handlers back at the end.
+    """
 
     def __init__(self, event: threading.Event) -> None:
         self.event = event
-        self.old: dict[int, Any] = {}
 
-    def __enter__(self) -> StopOnSignal:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Installs the handlers (possible in the main thread only)."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self.old[number] = signal.signal(number, self._handle)
-        return self
+                signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: Any) -> None:
         if self.event.is_set():
             raise KeyboardInterrupt
         self.event.set()
-
-    def __exit__(self, *details: object) -> None:
-        for number, handler in self.old.items():
-            signal.signal(number, handler)

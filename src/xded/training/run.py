@@ -9,7 +9,8 @@ import platform
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -25,12 +26,12 @@ from xded.audio import read_audio
 from xded.config import Config, StageConfig
 from xded.corpus.folds import Fold, Provenance, guard
 from xded.corpus.manifest import Recording
-from xded.errors import CheckpointError, ConfigError, CorpusError, XdedError
-from xded.models.checkpoints import AtomicCheckpointIO, load, load_latest
+from xded.errors import CheckpointError, ConfigError, CorpusError, TrainingError
+from xded.models.checkpoints import FREE_SPACE, AtomicCheckpointIO, disk_is_full, load, load_latest
 from xded.models.recogniser import describe, load_weights, pick_device, provenance_of, resolve
 from xded.models.student import Student
 from xded.objectives import ctc_frames_needed
-from xded.targets.store import Kind, Store, TargetError
+from xded.targets.store import Kind, Store, TargetError, audio_hash
 from xded.tokenizer import Tokenizer
 from xded.training.data import RunSampler, TrainingData, collate
 from xded.training.evaluation import batches, validate
@@ -39,6 +40,7 @@ from xded.training.schedule import Schedule
 from xded.training.status import RunLog, read_status, write_atomically
 
 FRAMES_SHOWN = 5
+NOT_COMPARED = {"train.device", "train.threads"}  # a run may go on somewhere else
 
 
 @dataclass
@@ -75,7 +77,8 @@ def fit(job: Job, *, resume: bool = False, quiet: bool = False) -> Path:
 
     Args:
         job: what to train.
-        resume: go on from `latest.pt`, or return at once when the run is finished.
+        resume: go on from `latest.pt` (from the start when the run was stopped before the first save), or return at
+            once when the run is finished.
         quiet: write nothing to the console.
 
     Raises:
@@ -83,9 +86,10 @@ def fit(job: Job, *, resume: bool = False, quiet: bool = False) -> Path:
     """
     out = job.out
     if resume and is_finished(out):
+        check_same_config(configs.load(out / "config.yaml").model_dump(mode="json"), job)
         return out / "best.pt"
     going_on = resume and any(out.glob("latest*.pt"))
-    if not going_on and any(out.glob("*.pt")):
+    if not resume and any(out.glob("*.pt")):
         raise ConfigError(f"{out} already holds a run.", "Go on with --resume, or choose another --out.")
     if job.config.train.threads:
         torch.set_num_threads(job.config.train.threads)
@@ -93,18 +97,46 @@ def fit(job: Job, *, resume: bool = False, quiet: bool = False) -> Path:
     torch.manual_seed(job.config.seed)
     student = Student(job.config.model, job.tokenizer.size, job.config.features)
     checkpoint, warning = load_latest(out) if going_on else (None, None)
+    if checkpoint is not None:
+        check_same_config(checkpoint["config"], job)
     stores = open_targets(job)
     provenance = preflight(job, student, stores, initialise(job, student))
-    if checkpoint is not None and checkpoint["config"] != job.config.model_dump(mode="json"):
+    if checkpoint is not None and provenance_of(checkpoint) != provenance:
         raise ConfigError(
-            f"{out} was started with another config.", f"Use {out / 'config.yaml'}, or choose another --out."
+            f"{out} was started with other recordings, another parent or other targets.",
+            "Put them back, or choose another --out.",
         )
-    if job.config.features.normalisation == "global":
+    if fits_normaliser(job.config):
         rate = job.config.features.sample_rate
         student.front_end.fit(read_audio(recording.audio_filepath, rate) for recording in job.train)
     out.mkdir(parents=True, exist_ok=True)
     write_run_files(job)
     return run(job, student, stores, provenance, checkpoint, warning, device, quiet)
+
+
+def check_same_config(old: Mapping[str, Any], job: Job) -> None:
+    """Raises unless a run folder's config is that of the job (the device and its threads may differ)."""
+    before, now = flat(old), flat(job.config.model_dump(mode="json"))
+    changed = [key for key in now | before if before.get(key) != now.get(key) and key not in NOT_COMPARED]
+    if changed:
+        listed = "; ".join(f"{key} was {before.get(key)}, now {now.get(key)}" for key in changed[:FRAMES_SHOWN])
+        raise ConfigError(
+            f"{job.out} was started with another config: {listed}{' ...' if len(changed) > FRAMES_SHOWN else ''}.",
+            f"Use {job.out / 'config.yaml'}, or choose another --out.",
+        )
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of mappings with dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return leaves
+
+
+def fits_normaliser(config: Config) -> bool:
+    """Whether the run measures a global mean and deviation: not when it starts from weights that know another."""
+    return config.features.normalisation == "global" and config.train.init is None
 
 
 def initialise(job: Job, student: Student) -> tuple[Provenance, ...]:
@@ -120,6 +152,13 @@ def initialise(job: Job, student: Student) -> tuple[Provenance, ...]:
             "Train with the checkpoint's own tokenizer (leave out --tokenizer), or start from scratch.",
         )
     load_weights(student, payload["model_state_dict"], path)
+    before, now = payload["config"].get("features", {}), job.config.features.model_dump(mode="json")
+    changed = [f"{key} {before.get(key)} (here {now[key]})" for key in now if before.get(key) != now[key]]
+    if changed:
+        raise CheckpointError(
+            f"{path} was trained on other features: {', '.join(changed)}.",
+            "Use the features of the checkpoint's config, or start from scratch.",
+        )
     return provenance_of(payload)
 
 
@@ -161,9 +200,16 @@ def check_targets(store: Store, job: Job) -> None:
         if recording.recording not in store:
             continue
         entry = store.entry(recording.recording)
-        if recording.audio_sha256 and entry.audio_sha256 != recording.audio_sha256:
+        if entry.audio_sha256 != audio_hash(recording):
             raise TargetError(
                 f"{store.folder}: the target of '{recording.recording}' describes other audio (its SHA-256 differs).",
+                "Make the targets anew from this corpus: 'xded targets'.",
+            )
+        steps = len(job.tokenizer.encode(recording.text)) + 1  # </s> is a step
+        if index.kind == "decoder" and entry.steps != steps:
+            raise TargetError(
+                f"{store.folder}: the target of '{recording.recording}' has {entry.steps} steps; "
+                f"its text '{recording.text}' has {steps}.",
                 "Make the targets anew from this corpus: 'xded targets'.",
             )
 
@@ -193,7 +239,7 @@ def preflight(
     provenance = (
         heard(job.name, job.train),
         *((heard(f"model selection of {job.name}", job.validation),) if job.validation else ()),
-        *((heard(f"normaliser of {job.name}", job.train),) if job.config.features.normalisation == "global" else ()),
+        *((heard(f"normaliser of {job.name}", job.train),) if fits_normaliser(job.config) else ()),
         *inherited,
         *(p for store in stores.values() for p in store.index.provenance),
     )
@@ -206,12 +252,13 @@ def _heard(fold: Fold, what: str, recordings: Sequence[Recording]) -> Provenance
 
 
 def check_spelling(job: Job, student: Student) -> None:
-    """Raises when a text has more tokens than CTC can write in the recording's frames."""
+    """Raises when a text has more tokens than CTC can write in the recording's frames (at the fastest tempo)."""
     rate = job.config.features.sample_rate
+    shortest = 1.0 - job.config.augment.tempo
     problems = []
-    for recording in (*job.train, *job.validation):
+    for recording, share in [*((r, shortest) for r in job.train), *((r, 1.0) for r in job.validation)]:
         needed = ctc_frames_needed(job.tokenizer.encode(recording.text))
-        frames = int(student.encoded_frames(torch.tensor(round(recording.duration * rate))))
+        frames = int(student.encoded_frames(torch.tensor(round(recording.duration * rate * share))))
         if needed > frames:
             problems.append(f"{recording.recording} ('{recording.text}': {needed} frames needed, {frames} there)")
     if problems:
@@ -221,7 +268,7 @@ def check_spelling(job: Job, student: Student) -> None:
             + (" ..." if len(problems) > FRAMES_SHOWN else "")
             + ".",
             "Leave them out of the manifest, use a tokenizer with longer pieces (--tokenizer-kind bpe), "
-            "or train without CTC (--ctc 0).",
+            "or train without CTC (--ctc 0)" + (", or without augment.tempo." if job.config.augment.tempo else "."),
         )
 
 
@@ -300,6 +347,8 @@ def run(
     )  # fmt: skip
     held_back = TrainingData(job.validation, student.front_end, job.tokenizer)
     schedule = Schedule.of(config.train, stages, -(-len(data) // config.train.batch_size))
+    first_update = 0 if checkpoint is None else (int(checkpoint["batch"]) + 1) // config.train.accumulate
+    RunLog.forget_after(job.out, first_update)
     log = RunLog(
         job.out,
         facts_of(job, student, stages, provenance),
@@ -315,21 +364,21 @@ def run(
         log.line(warning)
     if checkpoint is not None:
         loop.restore(checkpoint)
-        RunLog.forget_after(job.out, loop.first_batch // schedule.accumulate)
     frozen_epochs = sum(s.epochs for s in stages if s.freeze_encoder)
     if schedule.epoch_of_batch(loop.first_batch) < frozen_epochs:
         data.frozen_epochs, data.encoded = frozen_epochs, encode_once(student, data, config.decode.batch_size)
     sampler = RunSampler(data.lengths, config.train.batch_size, config.seed, schedule.epochs, loop.first_batch)
     loader = DataLoader(data, batch_sampler=sampler, collate_fn=partial(collate, eos=job.tokenizer.eos))
     try:
-        with StopOnSignal(loop.stop_requested):
-            make_trainer(config, device).fit(loop, loader)
-    except XdedError as error:
-        log.close("stopped" if isinstance(error, InterruptedRunError) else "failed", str(error))
-        raise
+        make_trainer(config, device, StopOnSignal(loop.stop_requested)).fit(loop, loader)
     except BaseException as error:
-        log.close("failed", f"{type(error).__name__}: {error}")
-        raise
+        known = understood(error, job.out)
+        state = "stopped" if isinstance(known, InterruptedRunError) else "failed"
+        with suppress(OSError):  # a full disk has no room for last words: the error itself says them
+            log.close(state, str(known) or type(known).__name__)
+        if known is error:
+            raise
+        raise known from error
     student.cpu()
     if not (job.out / "best.pt").is_file():
         shutil.copyfile(job.out / "latest.pt", job.out / "best.pt")
@@ -337,7 +386,16 @@ def run(
     return job.out / "best.pt"
 
 
-def make_trainer(config: Config, device: torch.device) -> L.Trainer:
+def understood(error: BaseException, out: Path) -> BaseException:
+    """What Lightning or the system raised, as an error of this project where there is a remedy."""
+    if isinstance(error, (KeyboardInterrupt, SystemExit)):  # Lightning turns Ctrl-C into SystemExit
+        return InterruptedRunError("Stopped at once; updates since the last save are lost.", "Go on with --resume.")
+    if disk_is_full(error):
+        return TrainingError(f"The disk is full: nothing more can be written to {out}.", FREE_SPACE)
+    return error
+
+
+def make_trainer(config: Config, device: torch.device, stop: StopOnSignal) -> L.Trainer:
     """Lightning without its own progress bar, logger and checkpoint callback."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
@@ -350,6 +408,7 @@ def make_trainer(config: Config, device: torch.device) -> L.Trainer:
         accumulate_grad_batches=config.train.accumulate,
         gradient_clip_val=config.train.gradient_clip,
         plugins=[AtomicCheckpointIO()],
+        callbacks=[stop],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -160,23 +160,22 @@ class RunLog:
             print(("\r\033[K" if self.on_terminal else "") + text, file=sys.stderr, flush=True)
 
     def __call__(self, event: str, row: dict[str, Any]) -> None:
-        """Takes an event of the loop: "step", "epoch" or "saved"."""
+        """Takes an event of the loop: "stage", "step", "epoch" or "saved"."""
         if event == "step":
             self._step(row)
+        elif event == "stage":
+            self._count(row["parameters"])
         elif event == "epoch":
-            row = {**row, "update": self.status.get("update", 0)}
             self.metrics.write(json.dumps({"event": "epoch", **row}) + "\n")
             self.status["last_epoch"] = epoch_line(row)
             self.line(epoch_line(row))
         else:
             self.status["best"] = row["best"]
-            self._count_gradients(row["with_gradient"])
+            self._count({"with_gradient": sum(self.parameters[name] for name in row["with_gradient"])})
             self.write_status()
 
-    def _count_gradients(self, names: list[str]) -> None:
-        counts = self.status.get("parameters")
-        if counts:
-            counts["with_gradient"] = sum(self.parameters[name] for name in names)
+    def _count(self, counts: dict[str, int]) -> None:
+        self.status["parameters"] = {**self.status.get("parameters", {}), **counts}
 
     def _step(self, row: dict[str, Any]) -> None:
         if self.first_update is None:

@@ -1,0 +1,91 @@
+"""The main job from nothing to a report: corpus, parent, teachers, targets, students, baselines, unheard speakers.
+
+Without --corpus it makes its own small synthetic corpus. Example: xded demo --out work/demo
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from xded.cli.options import ConfigOption, CorpusOption, JobsOption, SetOption, configured, cores, resolved
+
+if TYPE_CHECKING:
+    from xded.demo import Outcome, Plan
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; what is finished there is kept.")] = Path(
+        "work/demo"
+    ),
+    corpus: CorpusOption = None,
+    config: ConfigOption = None,
+    fold_size: Annotated[int, typer.Option(min=1, help="Speakers held out together.")] = 2,
+    seeds: Annotated[int, typer.Option(min=1, help="Students trained with so many seeds.")] = 2,
+    updates: Annotated[int, typer.Option(min=1, help="Updates of every student.")] = 400,
+    jobs: JobsOption = 0,
+    settings: SetOption = None,
+) -> None:
+    """Parent, teachers, targets, students and baselines; every target speaker is held out once; then the table."""
+    tree = resolved(configured(config or preset(), {"corpus": corpus}, settings))
+    from xded.corpus.manifest import read_corpus
+    from xded.demo import Plan, run
+
+    if tree.corpus is None:
+        typer.echo("making the embedded corpus ...")
+    loaded = read_corpus(tree.corpus or embedded(out / "corpus"))
+    tree = tree.model_copy(update={"corpus": loaded.path})
+    plan = Plan(fold_size=fold_size, seeds=seeds, updates=updates, jobs=cores(jobs))
+    outcome = run(loaded, tree, plan, out, typer.echo)
+    write_report(outcome, plan, loaded.texts, tree.tokenizer.normaliser, out)
+
+
+def preset() -> Path:
+    """The config that the demo runs with when none is given."""
+    return Path(__file__).parents[1] / "demo.yaml"
+
+
+def embedded(folder: Path) -> Path:
+    """The demo's small part of the embedded corpus: 8 control and 8 target speakers, 10 words, 4 takes."""
+    from xded.corpus.synthetic import make_embedded_corpus
+
+    manifest = folder / "manifest.jsonl"
+    return (
+        manifest
+        if manifest.is_file()
+        else make_embedded_corpus(folder, controls=8, targets=8, words=10, takes=4, seed=0)
+    )
+
+
+def write_report(outcome: Outcome, plan: Plan, words: tuple[str, ...], normaliser: str, out: Path) -> None:
+    """Prints the tables and sentences, and writes them to OUT/report.md and every score to OUT/scores/."""
+    from rich.console import Console
+
+    from xded.report.main_job import band_table, in_words, main_table, scores_of
+
+    scores = scores_of(outcome.results, normaliser, words)
+    folds = ", ".join("+".join(fold) for fold in outcome.folds)
+    title = f"Unheard speakers: {len(outcome.folds)} folds ({folds}), {plan.seeds} seeds, {plan.updates} updates each"
+    tables = [main_table(scores, len(words), title), *(t for t in (band_table(scores, "open"),) if t)]
+    sentences = in_words(scores)
+    cost = ", ".join(f"{name} {value:.0f} s" for name, value in outcome.seconds.items())
+    console = Console()
+    for table in tables:
+        console.print(table.rich())
+    for line in (*sentences, f"Time: {cost} ({plan.jobs} processes)."):
+        console.print(line, highlight=False, soft_wrap=True)
+    folder = out / "scores"
+    folder.mkdir(exist_ok=True)
+    for system, by_decode in scores.items():
+        for decode, result in by_decode.items():
+            (folder / f"{system.replace(', ', '_').replace(' ', '_')}.{decode.replace(' ', '_')}.json").write_text(
+                result.to_json(), encoding="utf-8"
+            )
+    parts = [table.markdown() for table in tables] + [
+        "".join(f"- {s}\n" for s in sentences),
+        f"Time: {cost} ({plan.jobs} processes).\n",
+    ]
+    (out / "report.md").write_text("\n".join(parts), encoding="utf-8")
+    console.print(f"{out / 'report.md'}", highlight=False)

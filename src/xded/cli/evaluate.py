@@ -1,0 +1,128 @@
+"""Test a checkpoint on held-out speakers.
+
+Example: xded evaluate runs/M08/best.pt --held-out M08 --decode decoder --max-length 10
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from xded.cli.options import CorpusOption, HeldOutOption
+
+if TYPE_CHECKING:
+    from xded.corpus.manifest import Corpus, Recording
+    from xded.models.recogniser import Recogniser
+
+
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint or run folder.", show_default=False)],
+    held_out: HeldOutOption = None,
+    corpus: CorpusOption = None,
+    decode: Annotated[str | None, typer.Option("--decode", help="ctc or decoder.")] = None,
+    beam: Annotated[int | None, typer.Option(help="Beam width; 1 is greedy.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Most tokens the decoder may write.")] = None,
+    word_list: Annotated[
+        bool, typer.Option("--word-list", help="Choose among the corpus's words with both heads.")
+    ] = False,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Must be the checkpoint's own; checked.", show_default=False)
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    output: Annotated[
+        Path | None, typer.Option(help="Scores (JSON); default: scores.json in the run.", show_default=False)
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Only so many takes, drawn at random (seed 0).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
+) -> None:
+    """WRA, WER, CER with intervals over takes; predictions.jsonl beside the scores."""
+    from xded.decoding import check_max_length
+    from xded.models.recogniser import load_recogniser, pick_device, resolve
+    from xded.report.tables import score_table
+    from xded.scoring import score, write_predictions
+    from xded.training.data import TrainingData
+    from xded.training.evaluation import conditions_of, recognise
+
+    recogniser = load_recogniser(checkpoint, device=str(pick_device(device)))
+    loaded, test = _test_recordings(recogniser, corpus, held_out, samples)
+    changes: dict[str, Any] = {"mode": decode, "beam": beam, "max_length": max_length, "word_list": word_list or None}
+    merged = {**recogniser.config.decode.model_dump(), **{k: v for k, v in changes.items() if v is not None}}
+    settings = _decode_config(merged)
+    _check_tokenizer(recogniser, tokenizer, test)
+    if settings.mode == "decoder" or settings.word_list:
+        check_max_length([r.text for r in test], recogniser.tokenizer, settings.max_length)
+    data = TrainingData(test, recogniser.student.front_end.cpu(), recogniser.tokenizer)
+    words = loaded.texts if settings.word_list else None
+    predictions = recognise(recogniser.student, data, settings, word_list=words, seed=recogniser.config.seed)
+    conditions = conditions_of(recogniser, loaded, test, settings)
+    if samples:
+        conditions["samples"] = f"{samples} takes drawn at random"
+    scores = score(
+        predictions, normaliser=recogniser.tokenizer.normaliser, word_list=loaded.texts, conditions=conditions
+    )
+    output = output or resolve(checkpoint).parent / "scores.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    kept = output.with_name("predictions.jsonl" if output.name == "scores.json" else f"{output.stem}.predictions.jsonl")
+    write_predictions(kept, predictions)
+    output.write_text(scores.to_json(), encoding="utf-8")
+    if as_json:
+        typer.echo(scores.to_json())
+        return
+    from rich.console import Console
+
+    console = Console()
+    console.print(score_table(scores))
+    console.print(f"{scores.statement}\n{output}\n{kept}", highlight=False, soft_wrap=True)
+
+
+def _decode_config(values: dict[str, Any]) -> Any:
+    from xded.config import Config, override
+
+    return override(Config(), {f"decode.{key}": value for key, value in values.items()}).decode
+
+
+def _test_recordings(
+    recogniser: Recogniser, corpus: Path | None, held_out: list[str] | None, samples: int | None
+) -> tuple[Corpus, list[Recording]]:
+    """The held-out speakers' recordings, or with `--include-held-out` those that the split kept for the test."""
+    import numpy as np
+
+    from xded.cli.options import need_corpus
+    from xded.corpus.folds import make_fold
+    from xded.corpus.manifest import read_corpus
+    from xded.errors import ConfigError
+    from xded.teachers.adapt import parts_of
+
+    config = recogniser.config
+    loaded = read_corpus(corpus or need_corpus(config))
+    speakers = tuple(held_out or config.fold.held_out)
+    if not speakers:
+        raise ConfigError("No speaker to test on: the run held nobody out.", "Name one with --held-out SPEAKER.")
+    fold = config.fold.model_copy(update={"held_out": speakers})
+    if set(speakers) <= set(config.fold.held_out):
+        fold = config.fold  # the run's own split: with --include-held-out half of their takes were heard
+    test = [r for r in parts_of(loaded, make_fold(loaded, fold), config).test if r.speaker in speakers]
+    if samples:
+        takes = sorted({r.take for r in test})
+        drawn = set(np.random.default_rng(0).permutation(takes)[:samples].tolist())
+        test = [r for r in test if r.take in drawn]
+    return loaded, test
+
+
+def _check_tokenizer(recogniser: Recogniser, path: Path | None, test: list[Recording]) -> None:
+    """Refuses another tokenizer than the checkpoint's, and prompts that it cannot write."""
+    from xded.errors import TokenizerError
+    from xded.tokenizer import Tokenizer
+
+    own = recogniser.tokenizer
+    if path is not None:
+        given = Tokenizer.load(path, own.normaliser)
+        if given.fingerprint != own.fingerprint:
+            raise TokenizerError(
+                f"{path} is not the tokenizer of {recogniser.path} (fingerprint {given.fingerprint[:12]}, "
+                f"the checkpoint's is {own.fingerprint[:12]}).",
+                "Leave out --tokenizer: the checkpoint carries its own.",
+            )
+    own.self_test([r.text for r in test], head_size=recogniser.student.vocabulary)

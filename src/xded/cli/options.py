@@ -1,0 +1,84 @@
+"""Options that several verbs share, and how flags become a config."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from xded.config import Config
+
+CorpusOption = Annotated[
+    Path | None, typer.Option("--corpus", help="Manifest, or the folder that holds manifest.jsonl.", show_default=False)
+]
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", help="YAML config (a run's config.yaml is one); flags win over it.")
+]
+HeldOutOption = Annotated[
+    list[str] | None,
+    typer.Option("--held-out", help="Speaker of whom nothing may be heard (repeat for more).", show_default=False),
+]
+ExcludeOption = Annotated[
+    list[str] | None,
+    typer.Option("--exclude", help="Speaker left out altogether (repeat for more).", show_default=False),
+]
+OutOption = Annotated[Path, typer.Option("--out", help="Folder to write.", show_default=False)]
+JobsOption = Annotated[
+    int, typer.Option("--jobs", min=0, help="Pieces of work at once, one thread each; 0: one a core.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any config key, e.g. --set train.batch_size=16 (repeat for more).", show_default=False),
+]
+
+
+def cores(jobs: int) -> int:
+    """`--jobs 0` as the number of cores."""
+    return jobs or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else jobs or os.cpu_count() or 1
+
+
+def configured(path: Path | None, changes: dict[str, Any], settings: list[str] | None = None) -> Config:
+    """The config of a command: defaults, then --config, then flags, then --set.
+
+    Raises:
+        ConfigError: a value, key or file that is wrong.
+    """
+    import yaml
+
+    from xded import config as configs
+    from xded.errors import ConfigError
+
+    config = configs.load(path) if path else configs.Config()
+    for setting in settings or []:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {setting}: no '=' in it.", "Write --set section.key=value.")
+        changes[key] = yaml.safe_load(value)
+    return configs.override(config, changes)
+
+
+def need_corpus(config: Config) -> Path:
+    """The corpus of a command.
+
+    Raises:
+        ConfigError: none was given.
+    """
+    from xded.errors import ConfigError
+
+    if config.corpus is None:
+        raise ConfigError(
+            "No corpus was given.", "Give --corpus DIR; 'xded corpus import --help' shows how to make one."
+        )
+    return config.corpus
+
+
+def resolved(config: Config) -> Config:
+    """The same config with absolute paths, so that a run folder can be used from anywhere."""
+    from xded import config as configs
+
+    paths = {"corpus": config.corpus, "targets": config.targets, "train.init": config.train.init}
+    paths["tokenizer.path"] = config.tokenizer.path
+    return configs.override(config, {key: str(path.resolve()) for key, path in paths.items() if path is not None})

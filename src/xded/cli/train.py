@@ -1,0 +1,134 @@
+"""Train a student, or a supervised baseline (without --targets), for one fold.
+
+Example: xded train --corpus work/uaspeech --held-out M08 --targets work/M08/targets --ctc-kd 1 --out runs/M08
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from xded.cli.options import (
+    ConfigOption,
+    CorpusOption,
+    ExcludeOption,
+    HeldOutOption,
+    SetOption,
+    configured,
+    need_corpus,
+    resolved,
+)
+
+
+def train(
+    out: Annotated[Path | None, typer.Option("--out", help="Run folder.", show_default=False)] = None,
+    corpus: CorpusOption = None,
+    held_out: HeldOutOption = None,
+    exclude: ExcludeOption = None,
+    config: ConfigOption = None,
+    targets: Annotated[Path | None, typer.Option(help="Folder of 'xded targets'.", show_default=False)] = None,
+    init: Annotated[Path | None, typer.Option(help="Checkpoint to start from.", show_default=False)] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="SentencePiece model.", show_default=False)] = None,
+    model_size: Annotated[str | None, typer.Option(help="micro, tiny, small or base.")] = None,
+    ctc: Annotated[float | None, typer.Option(help="Weight of CTC on the true text.")] = None,
+    cross_entropy: Annotated[float | None, typer.Option(help="Weight of the decoder's cross-entropy.")] = None,
+    ctc_kd: Annotated[float | None, typer.Option(help="Weight of CTC-KD.")] = None,
+    decoder_kd: Annotated[float | None, typer.Option(help="Weight of decoder-KD.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="T of the targets.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of the last stage.")] = None,
+    peak_lr: Annotated[float | None, typer.Option(help="Peak learning rate of the last stage.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Recordings in a batch.")] = None,
+    controls: Annotated[
+        bool | None, typer.Option("--controls/--no-controls", help="Control speakers train too.")
+    ] = None,
+    include_held_out: Annotated[
+        bool, typer.Option("--include-held-out", help="Diagnostic: hear half of their takes.")
+    ] = False,
+    seed: Annotated[int | None, typer.Option(help="Seed.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = None,
+    settings: SetOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from latest.pt.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on the console.")] = False,
+    show_config: Annotated[bool, typer.Option("--show-config", help="Print the whole config and stop.")] = False,
+    help_config: Annotated[bool, typer.Option("--help-config", help="Print every config key and stop.")] = False,
+) -> None:
+    """One run: checks, two-stage training, checkpoints."""
+    if help_config:
+        typer.echo(_every_key())
+        return
+    changes: dict[str, Any] = {
+        "corpus": corpus, "fold.held_out": held_out, "fold.exclude": exclude, "fold.controls": controls,
+        "fold.include_held_out": include_held_out or None, "targets": targets, "train.init": init,
+        "tokenizer.path": tokenizer, "model.size": model_size, "objective.ctc": ctc,
+        "objective.cross_entropy": cross_entropy, "objective.ctc_kd": ctc_kd, "objective.decoder_kd": decoder_kd,
+        "objective.temperature": temperature, "train.batch_size": batch_size, "train.device": device, "seed": seed,
+    }  # fmt: skip
+    if resume and config is None and out is not None and (out / "config.yaml").is_file():
+        config = out / "config.yaml"
+    tree = resolved(with_last_stage(configured(config, changes, settings), epochs, peak_lr))
+    if show_config:
+        from xded.config import to_yaml
+
+        typer.echo(to_yaml(tree), nl=False)
+        return
+    run(tree, out, resume, quiet)
+
+
+def with_last_stage(tree: Any, epochs: int | None, peak_lr: float | None) -> Any:
+    """The config with epochs and learning rate of its last stage replaced."""
+    from xded import config as configs
+
+    stages = tree.model_dump()["train"]["stages"]
+    last = {**stages[-1], **{k: v for k, v in (("epochs", epochs), ("peak_lr", peak_lr)) if v is not None}}
+    return configs.override(tree, {"train.stages": (*stages[:-1], last)})
+
+
+def run(tree: Any, out: Path | None, resume: bool, quiet: bool) -> None:
+    """Splits, finds the tokenizer, trains."""
+    from xded.corpus.folds import make_fold
+    from xded.corpus.manifest import read_corpus
+    from xded.errors import ConfigError
+    from xded.models.recogniser import resolve
+    from xded.teachers.adapt import load_or_train_tokenizer, parts_of
+    from xded.training.run import Job, fit
+
+    if out is None:
+        raise ConfigError("No run folder was given.", "Give --out DIR.")
+    corpus = read_corpus(need_corpus(tree))
+    fold = make_fold(corpus, tree.fold)
+    parts = parts_of(corpus, fold, tree)
+    if tree.train.init is not None and tree.tokenizer.path is None:
+        from xded.models.recogniser import load_recogniser
+
+        tokenizer = load_recogniser(resolve(tree.train.init)).tokenizer
+    else:
+        tokenizer = load_or_train_tokenizer(corpus, parts, tree, out / "tokenizer.model")
+    name = "student" if tree.objective.ctc_kd or tree.objective.decoder_kd else "supervised"
+    job = Job(name, tree, parts.train, parts.validation, fold, frozenset(r.take for r in parts.test), tokenizer, out)
+    best = fit(job, resume=resume, quiet=quiet)
+    held_out = " ".join(f"--held-out {speaker}" for speaker in fold.held_out)
+    typer.echo(f"{best}\nTest it: xded evaluate {best} {held_out}".rstrip())
+
+
+def _every_key() -> str:
+    """Every config key with type, default and meaning, from the models themselves."""
+    from pydantic import BaseModel
+
+    from xded.config import Config
+
+    def lines(model: type[BaseModel], prefix: str) -> list[str]:
+        found: list[str] = []
+        for name, field in model.model_fields.items():
+            kind = field.annotation
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                found += lines(kind, f"{prefix}{name}.")
+            else:
+                default = field.default
+                shown = json.dumps([s.model_dump() for s in default]) if name == "stages" else default
+                found.append(f"{prefix}{name} = {shown}\n    {field.description or ''}")
+        return found
+
+    return "\n".join(lines(Config, ""))

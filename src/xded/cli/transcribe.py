@@ -1,0 +1,52 @@
+"""Write down what audio files say.
+
+Example: xded transcribe runs/M08/best.pt take1.wav take2.flac --word-list words.txt
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from xded.errors import EXIT_FINDINGS
+
+
+def transcribe(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint or run folder.", show_default=False)],
+    audio: Annotated[list[Path], typer.Argument(help="WAV or FLAC files.", show_default=False)],
+    decode: Annotated[str | None, typer.Option("--decode", help="ctc or decoder.")] = None,
+    beam: Annotated[int | None, typer.Option(help="Beam width.")] = None,
+    word_list: Annotated[
+        Path | None, typer.Option(help="Text file, a word or phrase a line: only these can come out.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
+) -> None:
+    """One line a file: path, tab, text. A file that cannot be read costs its line, not the others (exit code 3)."""
+    from xded.errors import XdedError
+    from xded.models.recogniser import load_recogniser, pick_device
+    from xded.training.evaluation import hear
+
+    recogniser = load_recogniser(checkpoint, device=str(pick_device(device)))
+    changes = {"mode": decode, "beam": beam, "word_list": word_list is not None or None}
+    data = {**recogniser.config.decode.model_dump(), **{k: v for k, v in changes.items() if v is not None}}
+    settings = type(recogniser.config.decode).model_validate(data)
+    words = [line.strip() for line in word_list.read_text("utf-8").splitlines() if line.strip()] if word_list else None
+    failed = False
+    for path in audio:
+        row: dict[str, object] = {"audio_filepath": str(path)}
+        try:
+            hypothesis = hear(recogniser, path, settings, words)
+            row.update(text=hypothesis.text, tokens=list(hypothesis.tokens), score=hypothesis.score)
+        except XdedError as error:
+            failed = True
+            row["error"] = str(error)
+        if as_json:
+            typer.echo(json.dumps(row, ensure_ascii=False))
+        else:
+            typer.echo(f"{path}\t{row.get('text', '')}" if "error" not in row else f"{path}\t(error) {row['error']}")
+    if failed:
+        raise typer.Exit(EXIT_FINDINGS)

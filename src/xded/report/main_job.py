@@ -1,0 +1,107 @@
+"""The main job's table and what it says in words. Every number comes from predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from xded.report.tables import Table
+from xded.scoring import Comparison, Estimate, Prediction, Scores, compare, score
+
+BEST_TEACHER = "best teacher (chosen after the fact, for each speaker)"
+VOTE = "vote of the teachers"
+ORACLE = "any teacher right (oracle)"
+CHANCE = "chance"
+SIGNIFICANT = 0.05
+
+Results = Mapping[str, Mapping[str, Sequence[Prediction]]]
+
+
+def scores_of(results: Results, normaliser: str, words: Sequence[str]) -> dict[str, dict[str, Scores]]:
+    """Scores of every system and decode mode; every held-out speaker is unheard, the words are not."""
+    return {
+        system: {
+            decode: score(
+                predictions,
+                normaliser=normaliser,
+                word_list=words,
+                conditions={
+                    "speakers": "unseen",
+                    "words": "seen",
+                    "word_list": "closed" if decode == "word list" else "open",
+                    "decode": "word list, both heads" if decode == "word list" else "ctc greedy",
+                },
+            )
+            for decode, predictions in by_decode.items()
+        }
+        for system, by_decode in results.items()
+    }
+
+
+def in_order(systems: Sequence[str]) -> list[str]:
+    """Rows as a reader needs them: what is there before students, then students."""
+    teachers = sorted(s for s in systems if s.startswith("teacher "))
+    first = ["parent", *teachers, BEST_TEACHER, VOTE, ORACLE]
+    return [s for s in first if s in systems] + [s for s in systems if s not in first]
+
+
+def main_table(scores: Mapping[str, Mapping[str, Scores]], words: int, title: str) -> Table:
+    """One row a system, one column a decode mode: WRA in per cent with its interval over takes."""
+    decodes = list(next(iter(scores.values())))
+    rows = [(CHANCE, *(f"{100 / words:.1f}" if decode == "word list" else "0.0" for decode in decodes), "")]
+    for system in in_order(list(scores)):
+        by_decode = scores[system]
+        summary = next(iter(by_decode.values()))
+        tested = (
+            f"{summary.overall.takes} x {len(summary.seeds)}" if len(summary.seeds) > 1 else str(summary.overall.takes)
+        )
+        rows.append((system, *(str(by_decode[d].overall.wra_percent) for d in decodes), tested))
+    open_scores = next(iter(scores.values()))[decodes[0]]
+    caption = (
+        "WRA in per cent with 95 % bootstrap intervals over takes (x seeds). Speakers unseen, words seen. "
+        f"open: CTC greedy, any text can come out; word list: the best of {words} words by both heads. "
+        f"Normaliser {open_scores.conditions['normaliser']}. Each teacher is tested on the speakers of the other folds."
+    )
+    return Table(title, ("system", *decodes, "takes"), tuple(rows), caption)
+
+
+def band_table(scores: Mapping[str, Mapping[str, Scores]], decode: str) -> Table | None:
+    """WRA by intelligibility band, when the corpus has bands."""
+    bands = [b for b in ("very_low", "low", "mid", "high") if any(b in s[decode].by_band for s in scores.values())]
+    if not bands:
+        return None
+    rows = []
+    for system in in_order(list(scores)):
+        by_band = scores[system][decode].by_band
+        rows.append((system, *(str(by_band[b].wra_percent) if b in by_band else "-" for b in bands)))
+    return Table(f"By intelligibility band ({decode})", ("system", *bands), tuple(rows))
+
+
+def sentence(comparison: Comparison, student: str, other: str) -> str:
+    """What a paired comparison says."""
+    points: Estimate = comparison.difference_points
+    numbers = f"{abs(points.value):.1f} points [{points}], p = {comparison.p_value:.3f}, {comparison.takes} takes"
+    numbers = numbers.replace(f"[{points}]", f"(difference {points})")
+    if comparison.p_value < SIGNIFICANT and points.value > 0:
+        return f"{student} beats {other} by {numbers}."
+    if comparison.p_value < SIGNIFICANT:
+        return f"{student} LOSES to {other} by {numbers}."
+    return f"{student} and {other} cannot be told apart: {numbers}."
+
+
+def in_words(scores: Mapping[str, Mapping[str, Scores]]) -> list[str]:
+    """Paired comparisons of the distilled students with everything that they have to beat, for each decode mode."""
+    pairs = (
+        ("student", "supervised from scratch"),
+        ("student", "supervised from scratch, with control speech"),
+        ("student", "supervised from the parent"),
+        ("student", VOTE),
+        ("student from the parent", "supervised from the parent"),
+        ("student from the parent", VOTE),
+    )
+    said = []
+    for decode in next(iter(scores.values())):
+        for student, other in pairs:
+            if student in scores and other in scores:
+                comparison = compare(scores[student][decode], scores[other][decode])
+                said.append(f"{decode}: " + sentence(comparison, student, other))
+    return said
