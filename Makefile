@@ -28,8 +28,10 @@ test-fast: .venv/installed
 
 # torch goes first, alone: with its version fixed, pip takes a CPU build where one is offered.
 .venv/installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
-	  echo "xded needs Python 3.11, 3.12 or 3.13, but $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12" >&2; \
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || { \
+	  echo "xded needs Python 3.11, 3.12 or 3.13, but $(PYTHON) is" \
+	    "$$({ $(PYTHON) --version || echo not there; } 2>/dev/null)." \
+	    "Name another: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \
 	  exit 1; }
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools

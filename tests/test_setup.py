@@ -89,7 +89,7 @@ def test_wrong_python_is_refused_in_a_sentence(tmp_path: Path, version: str, acc
     done = _make(tmp_path, "test", f"PYTHON={python}")
     assert done.returncode != 0
     assert ("made a venv" in done.stdout) == accepted
-    refusal = f"xded needs Python 3.11, 3.12 or 3.13, but {python} is Python {version}.1. Name another:"
+    refusal = f"xded needs Python 3.11, 3.12 or 3.13, but {python} is Python {version}.1. Name another: make test "
     assert (refusal in done.stderr) != accepted
 
 

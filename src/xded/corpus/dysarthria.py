@@ -28,7 +28,6 @@ from urllib.parse import quote
 import numpy as np
 import scipy.fft
 import soxr
-from scipy.ndimage import gaussian_filter1d
 
 from xded.audio import MAX_DURATION_S, MIN_DURATION_S, read_audio
 from xded.corpus.manifest import MANIFEST_NAME, Corpus, Recording, write_manifest
@@ -45,8 +44,10 @@ from xded.corpus.vocoder import (
     frames_of,
     nasal_colour,
     seeded,
+    smooth,
     spectra,
     vocode,
+    wander,
     write_flac,
 )
 from xded.errors import CorpusError
@@ -65,8 +66,8 @@ _LIFTER = _make_lifter()
 _PITCH_WINDOW = np.hanning(1024).astype(np.float32)  # 64 ms: three periods at 50 Hz
 _PITCH_LAGS = (SAMPLE_RATE // 400, SAMPLE_RATE // 65)  # samples
 _window_power = np.abs(scipy.fft.rfft(_PITCH_WINDOW, 2048)) ** 2
-_WINDOW_AUTOCORRELATION = (scipy.fft.irfft(_window_power) / _window_power.mean())[: _PITCH_LAGS[1]] + 1e-3
-_WINDOW_AUTOCORRELATION = _WINDOW_AUTOCORRELATION.astype(np.float32)
+_autocorrelation = scipy.fft.irfft(_window_power)[: _PITCH_LAGS[1]]
+_WINDOW_AUTOCORRELATION = (_autocorrelation / _autocorrelation[0] + 1e-3).astype(np.float32)
 _OCTAVE_COST = (0.02 * np.log2(np.maximum(1, np.arange(_PITCH_LAGS[1])))).astype(np.float32)
 _PITCH_BAND = (np.linspace(0, SAMPLE_RATE / 2, 1025) < 1500).astype(np.float32)
 
@@ -87,24 +88,12 @@ class Analysis:
         return Analysis(self.f0_hz[np.rint(frames).astype(int)], envelope)
 
 
-def _smooth(values: Array, sigma_frames: float, axis: int = 0) -> Array:
-    """Gaussian smoothing with repeated edges."""
-    return gaussian_filter1d(values, sigma_frames, axis=axis, mode="nearest", truncate=3.0)
-
-
-def _wander(frames: int, sigma_frames: float, rng: np.random.Generator) -> Array:
-    """A slow random track [T] with a standard deviation of about 1."""
-    noise = gaussian_filter1d(rng.standard_normal(frames), sigma_frames, mode="wrap", truncate=3.0)
-    return (noise * np.sqrt(2 * np.sqrt(np.pi) * sigma_frames)).astype(np.float32)
-
-
 def analyse(waveform: Array) -> Analysis:
     """Pitch and envelope of a recording [N] at 16 kHz.
 
     The envelope is the log spectrum with all cepstral coefficients above 2.5 ms (40 samples) lifted out; the pitch is
-    the highest peak of the autocorrelation between 65 and 400 Hz, divided by the window's own and less a cost per octave
-    (Boersma 1993), of the band below 1.5 kHz. Frames are voiced where the peak exceeds one half, within 39 dB of the
-    loudest.
+    the highest peak between 65 and 400 Hz of the autocorrelation below 1.5 kHz, divided by the window's own and less a
+    cost per octave (Boersma 1993). A frame is voiced where the peak exceeds one half, within 39 dB of the loudest.
     """
     frames = len(waveform) // HOP_SAMPLES + 1
     power = np.abs(spectra(waveform, frames)) ** 2 + 1e-9
@@ -144,7 +133,7 @@ def _change_tempo(analysis: Analysis, amounts: Emphasis, rng: np.random.Generato
     frames = len(analysis.f0_hz)
     first, last = _spoken(analysis.envelope)
     slowing = max(0.7, 1 + 1.1 * amounts.tempo * rng.uniform(0.75, 1.25))
-    uneven = np.exp(0.85 * amounts.irregularity * _wander(last - first, 9, rng))
+    uneven = np.exp(0.85 * amounts.irregularity * wander(last - first, 9, rng))
     durations = np.ones(frames)
     durations[first:last] = uneven * slowing * (last - first) / uneven.sum()
     durations *= min(1.0, MAX_DURATION_S / HOP_S / (durations.sum() + 1))
@@ -161,7 +150,7 @@ def _insert_pauses(analysis: Analysis, amounts: Emphasis, rng: np.random.Generat
     pauses = rng.poisson(1.8 * amounts.pauses)
     lengths = (rng.uniform(0.06, 0.06 + 0.3 * max(0.0, amounts.pauses), pauses) / HOP_S).astype(int)
     first, last = _spoken(analysis.envelope)
-    level = _smooth(analysis.envelope.mean(1), 3)
+    level = smooth(analysis.envelope.mean(1), 3)
     inside = np.arange(first + 8, last - 8)  # 40 ms from either end
     dips = inside[(level[inside] <= level[inside - 1]) & (level[inside] <= level[inside + 1])]
     places = rng.permutation(dips)[:pauses]
@@ -173,14 +162,14 @@ def _insert_pauses(analysis: Analysis, amounts: Emphasis, rng: np.random.Generat
     index = np.repeat(np.arange(frames), repeats)
     pausing = np.repeat(repeats > 1, repeats).astype(np.float32)
     f0_hz = np.where(pausing > 0, 0.0, analysis.f0_hz[index])
-    return Analysis(f0_hz, analysis.envelope[index]), _smooth(pausing, 2)
+    return Analysis(f0_hz, analysis.envelope[index]), smooth(pausing, 2)
 
 
 def _undershoot(envelope: Array, amounts: Emphasis) -> Array:
     """Low-passes every bin's track over time, up to 68 ms: transitions flatten and targets are not reached."""
     if amounts.undershoot <= 0:
         return envelope
-    smoothed = _smooth(envelope, 0.5 + 13 * amounts.undershoot)
+    smoothed = smooth(envelope, 0.5 + 13 * amounts.undershoot)
     share = min(1.0, 1.5 * amounts.undershoot)
     return (1 - share) * envelope + share * smoothed
 
@@ -195,12 +184,12 @@ def _centralise(envelope: Array, amounts: Emphasis) -> Array:
     mean_shape = (weight * envelope).sum(0) / weight.sum()
     mean_shape -= mean_shape.mean()
     drawn = level + (1 - 0.85 * amount) * (envelope - level) + 0.85 * amount * mean_shape
-    return _smooth(drawn, 0.5 + 7 * amount, axis=1)
+    return smooth(drawn, 0.5 + 7 * amount, axis=1)
 
 
 def _stray(envelope: Array, amounts: Emphasis, rng: np.random.Generator) -> Array:
     """Random targets: each frame's frequency axis is stretched slowly at random (s.d. 7 % at full irregularity)."""
-    factor = np.exp(0.07 * amounts.irregularity * _wander(len(envelope), 12, rng))[:, None]
+    factor = np.exp(0.07 * amounts.irregularity * wander(len(envelope), 12, rng))[:, None]
     source = np.clip(np.arange(BINS, dtype=np.float32)[None] * factor, 0, BINS - 1.001)
     low = source.astype(int)
     share = source - low
@@ -221,7 +210,7 @@ def _impair_pitch(f0_hz: Array, amounts: Emphasis, rng: np.random.Generator) -> 
         mean
         + (log_f0 - mean) * (1 - 0.85 * amounts.monopitch)
         + 0.10 * amounts.irregularity * tremor
-        + 0.08 * amounts.irregularity * _wander(len(log_f0), 12, rng)
+        + 0.08 * amounts.irregularity * wander(len(log_f0), 12, rng)
         + 0.03 * max(amounts.irregularity, amounts.breathiness) * rng.standard_normal(len(log_f0))
     )
     changed = f0_hz.copy()
@@ -249,7 +238,7 @@ def _misvoice(f0_hz: Array, envelope: Array, pausing: Array, amounts: Emphasis, 
 def _loudness(frames: int, pausing: Array, amounts: Emphasis, rng: np.random.Generator) -> Array:
     """Natural log gain [T]: decay through the recording (11 dB at most), slow swings, silence in pauses (-43 dB)."""
     decay = -1.3 * amounts.decay * np.linspace(0, 1, frames)
-    return decay + 0.25 * amounts.irregularity * _wander(frames, 15, rng) - 5 * pausing
+    return decay + 0.25 * amounts.irregularity * wander(frames, 15, rng) - 5 * pausing
 
 
 def noise_share(breathiness: float) -> Array:

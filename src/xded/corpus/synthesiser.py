@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-from scipy.ndimage import gaussian_filter1d
 
 from xded.corpus.phones import (
     AFFRICATES,
@@ -36,7 +35,7 @@ from xded.corpus.phones import (
     spell,
 )
 from xded.corpus.severity import Emphasis, Kind, Profile, make_profile
-from xded.corpus.vocoder import BIN_HZ, HOP_S, SAMPLE_RATE, Array, nasal_colour, seeded, vocode
+from xded.corpus.vocoder import BIN_HZ, HOP_S, SAMPLE_RATE, Array, nasal_colour, seeded, smooth, vocode, wander
 
 Sex = Literal["f", "m"]
 
@@ -271,17 +270,6 @@ def lay_out(segments: Sequence[Segment]) -> Tracks:
     )
 
 
-def _smooth(track: Array, sigma_frames: float) -> Array:
-    """Gaussian smoothing over time with repeated edges."""
-    return gaussian_filter1d(track, sigma_frames, axis=0, mode="nearest", truncate=3.0)
-
-
-def _wander(shape: int | tuple[int, int], sigma_frames: float, rng: np.random.Generator) -> Array:
-    """A slow random track with a standard deviation of about 1."""
-    noise = gaussian_filter1d(rng.standard_normal(shape), sigma_frames, axis=0, mode="wrap", truncate=3.0)
-    return noise * np.sqrt(2 * np.sqrt(np.pi) * sigma_frames)
-
-
 def articulate(tracks: Tracks, voice: Voice, rng: np.random.Generator) -> Tracks:
     """Tracks as this voice moves through them.
 
@@ -291,18 +279,18 @@ def articulate(tracks: Tracks, voice: Voice, rng: np.random.Generator) -> Tracks
     """
     amounts, severity = voice.profile.amounts, voice.profile.severity
     undershoot = amounts.undershoot
-    formants_hz = _smooth(tracks.formants_hz, 4 + 10 * undershoot)
+    formants_hz = smooth(tracks.formants_hz, 4 + 10 * undershoot)
     formants_hz += (SCHWA_HZ - formants_hz) * np.array([0.65, 0.75, 0.55]) * amounts.centralisation
-    formants_hz *= np.exp((0.013 + 0.052 * severity) * _wander(formants_hz.shape, 6, rng)) * voice.vocal_tract
+    formants_hz *= np.exp((0.013 + 0.052 * severity) * wander(formants_hz.shape, 6, rng)) * voice.vocal_tract
     noise_hz = tracks.noise_hz * voice.frication
     return Tracks(
         formants_hz=formants_hz,
-        voicing_db=_smooth(tracks.voicing_db, 1.2 + 4 * undershoot),
-        noise_db=_smooth(tracks.noise_db, 1.0 + 4.5 * undershoot) - 8 * undershoot * rng.random(),
+        voicing_db=smooth(tracks.voicing_db, 1.2 + 4 * undershoot),
+        noise_db=smooth(tracks.noise_db, 1.0 + 4.5 * undershoot) - 8 * undershoot * rng.random(),
         noise_hz=noise_hz - 900 * undershoot * (noise_hz > 2500),
         noise_width_hz=tracks.noise_width_hz,
-        aspiration_db=_smooth(tracks.aspiration_db, 1.2 + 3 * undershoot),
-        nasal=np.maximum(_smooth(tracks.nasal, 3), 0.8 * amounts.nasality),
+        aspiration_db=smooth(tracks.aspiration_db, 1.2 + 3 * undershoot),
+        nasal=np.maximum(smooth(tracks.nasal, 3), 0.8 * amounts.nasality),
     )
 
 
@@ -333,7 +321,7 @@ def pitch(voice: Voice, frames: int, rng: np.random.Generator) -> Array:
         rng.normal(0, 0.05)
         + (1 - 0.85 * amounts.monopitch) * melody
         + 0.12 * amounts.irregularity * tremor
-        + 0.16 * amounts.irregularity * _wander(frames, 12, rng)
+        + 0.16 * amounts.irregularity * wander(frames, 12, rng)
         + (0.01 + 0.03 * voice.profile.severity) * rng.standard_normal(frames)
     )
     return (voice.f0_hz * np.exp(log_ratio)).clip(50, 500)
@@ -386,7 +374,7 @@ def _level_db(voice: Voice, frames: int, rng: np.random.Generator) -> Array:
     """Loudness [T]: decay through the word and slow swings."""
     amounts = voice.profile.amounts
     place = np.linspace(0, 1, frames)
-    swings = (0.42 + 2.6 * amounts.irregularity) * _wander(frames, 14, rng)
+    swings = (0.42 + 2.6 * amounts.irregularity) * wander(frames, 14, rng)
     return swings - FINAL_FALL_DB * place**3 - 14 * amounts.decay * place
 
 

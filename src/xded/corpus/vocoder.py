@@ -15,6 +15,7 @@ import numpy as np
 import scipy.fft
 import soundfile
 from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter1d
 
 SAMPLE_RATE = 16_000  # Hz
 HOP_SAMPLES = 80  # 5 ms
@@ -33,6 +34,17 @@ def seeded(*key: object) -> np.random.Generator:
     """A random generator that depends on all parts of the key and on nothing else (not on Python's hash seed)."""
     digest = hashlib.sha256("|".join(map(str, key)).encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:8], "little"))
+
+
+def smooth(track: Array, sigma_frames: float, axis: int = 0) -> Array:
+    """Gaussian smoothing along an axis, with repeated edges."""
+    return gaussian_filter1d(track, sigma_frames, axis=axis, mode="nearest", truncate=3.0)
+
+
+def wander(shape: int | tuple[int, int], sigma_frames: float, rng: np.random.Generator) -> Array:
+    """Slow random tracks [T] or [T, D], float32, with a standard deviation of about 1."""
+    noise = gaussian_filter1d(rng.standard_normal(shape), sigma_frames, axis=0, mode="wrap", truncate=3.0)
+    return (noise * np.sqrt(2 * np.sqrt(np.pi) * sigma_frames)).astype(np.float32)
 
 
 def frames_of(waveform: Array, frames: int, window: Array = WINDOW) -> Array:

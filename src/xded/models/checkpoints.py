@@ -136,8 +136,8 @@ class AtomicCheckpointIO(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Writes what `trainer.save_checkpoint` collected; the run's own keys were added by the module."""
         state = {key.removeprefix(PREFIX): value for key, value in checkpoint["state_dict"].items()}
-        # position and learning rate are pure functions of `batch`
-        left_out = {"state_dict", "loops", "callbacks", "lr_schedulers"}
+        # position and learning rate are pure functions of `batch`; Lightning's own counts start anew at a resume
+        left_out = {"state_dict", "loops", "callbacks", "lr_schedulers", "global_step"}
         kept = {key: value for key, value in checkpoint.items() if key not in left_out}
         save({**kept, "model_state_dict": state}, Path(path), keep_previous=Path(path).name == "latest.pt")
 

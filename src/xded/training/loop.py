@@ -196,9 +196,9 @@ class Loop(L.LightningModule):
         loss = weighted_sum(parts, self.run_config)
         self.pending += batch.recordings
         if not torch.isfinite(loss):
-            self._refuse(f"the loss is {float(loss)}")
+            self._refuse(f"the loss is {float(loss.detach())}")
         for name, value in {"loss": loss, **parts}.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+            self.sums[name] = self.sums.get(name, 0.0) + float(value.detach())
         self.sums["batches"] = self.sums.get("batches", 0.0) + 1
         return loss
 

@@ -369,21 +369,26 @@ def run(
         data.frozen_epochs, data.encoded = frozen_epochs, encode_once(student, data, config.decode.batch_size)
     sampler = RunSampler(data.lengths, config.train.batch_size, config.seed, schedule.epochs, loop.first_batch)
     loader = DataLoader(data, batch_sampler=sampler, collate_fn=partial(collate, eos=job.tokenizer.eos))
+    train_to_end(make_trainer(config, device, StopOnSignal(loop.stop_requested)), loop, loader, log)
+    student.cpu()
+    if not (job.out / "best.pt").is_file():
+        shutil.copyfile(job.out / "latest.pt", job.out / "best.pt")
+    log.close("finished")
+    return job.out / "best.pt"
+
+
+def train_to_end(trainer: L.Trainer, loop: Loop, loader: DataLoader, log: RunLog) -> None:
+    """Lightning's `fit`; whatever ends it early is in the run folder's status before it is raised."""
     try:
-        make_trainer(config, device, StopOnSignal(loop.stop_requested)).fit(loop, loader)
+        trainer.fit(loop, loader)
     except BaseException as error:
-        known = understood(error, job.out)
+        known = understood(error, loop.out)
         state = "stopped" if isinstance(known, InterruptedRunError) else "failed"
         with suppress(OSError):  # a full disk has no room for last words: the error itself says them
             log.close(state, str(known) or type(known).__name__)
         if known is error:
             raise
         raise known from error
-    student.cpu()
-    if not (job.out / "best.pt").is_file():
-        shutil.copyfile(job.out / "latest.pt", job.out / "best.pt")
-    log.close("finished")
-    return job.out / "best.pt"
 
 
 def understood(error: BaseException, out: Path) -> BaseException:

@@ -1,0 +1,207 @@
+"""Encoder and student: NeMo's numbers, sizes, padding in eval and in training, causality of the decoder."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from xded.config import FeatureConfig, ModelConfig
+from xded.features import valid_mask
+from xded.models.conformer import MaskedBatchNorm, RecordingDropout, Subsampling
+from xded.models.student import Student
+
+NEMO = Path(__file__).parents[2] / "shared" / "data" / "nemo"
+RENAMED = (
+    ("encoder.", ""),
+    ("pre_encode.conv.0", "subsampling.conv1"),
+    ("pre_encode.conv.2", "subsampling.conv2"),
+    ("pre_encode.out", "subsampling.out"),
+    ("norm_self_att", "norm_attention"),
+    ("norm_conv.", "norm_convolution."),
+    ("self_attn.linear_q", "attention.query"),
+    ("self_attn.linear_k", "attention.key"),
+    ("self_attn.linear_v", "attention.value"),
+    ("self_attn.linear_out", "attention.out"),
+    ("self_attn.linear_pos", "attention.position"),
+    ("self_attn.pos_bias_u", "attention.content_bias"),
+    ("self_attn.pos_bias_v", "attention.position_bias"),
+    ("conv.pointwise_conv", "convolution.pointwise"),
+    ("conv.depthwise_conv", "convolution.depthwise"),
+    ("conv.batch_norm", "convolution.norm"),
+)
+
+
+def tiny(dropout: float = 0.0, **fields: int) -> Student:
+    torch.manual_seed(0)
+    numbers = {
+        "width": 16, "encoder_layers": 2, "heads": 2, "kernel": 5, "feed_forward_factor": 2,
+        "subsampling_channels": 4, "decoder_layers": 2, "decoder_feed_forward": 16, **fields,
+    }  # fmt: skip
+    return Student(ModelConfig.model_validate({"size": None, "dropout": dropout, **numbers}), 7, FeatureConfig(mels=16))
+
+
+def ragged(lengths: list[int], mels: int = 16) -> Tensor:
+    """Random features [B, T, mels], zero beyond each recording."""
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(len(lengths), max(lengths), mels, generator=generator)
+    return torch.where(valid_mask(torch.tensor(lengths), max(lengths))[:, :, None], features, 0.0)
+
+
+def nemo_weights() -> dict[str, Tensor]:
+    """The encoder of NeMo's checkpoint under this project's names."""
+    with tarfile.open(NEMO / "random_conformer_small.nemo") as archive:
+        member = archive.extractfile("./model_weights.ckpt")
+        assert member is not None
+        stored = torch.load(io.BytesIO(member.read()), weights_only=True)
+    weights = {}
+    for name, value in stored.items():
+        if name.startswith("encoder."):
+            for theirs, ours in RENAMED:
+                name = name.replace(theirs, ours)
+            weights[name] = value.squeeze(-1) if "pointwise" in name and value.dim() == 3 else value
+    return weights
+
+
+def test_encoder_equals_nemo() -> None:
+    if not NEMO.is_dir():
+        pytest.skip(f"{NEMO} is not there")
+    recorded = np.load(NEMO / "nemo_parity.npz")
+    student = Student(ModelConfig(size="small"), 10).eval()
+    student.encoder.load_state_dict(nemo_weights())  # strict: every weight has its counterpart
+    features = torch.from_numpy(recorded["features"]).transpose(1, 2)
+    with torch.inference_mode():
+        encoded, lengths = student.encode(features, torch.from_numpy(recorded["features_len"]))
+    assert lengths.tolist() == recorded["encoder_len"].tolist()
+    assert len(set(lengths.tolist())) > 1  # several lengths, so that padding is in play
+    for row, frames in enumerate(lengths.tolist()):
+        theirs = recorded["encoder_out_BDT"][row, :, :frames].T
+        assert np.abs(encoded[row, :frames].numpy() - theirs).max() < 1e-4
+
+
+def test_small_has_nemos_encoder_and_the_studys_heads_and_decoder() -> None:
+    student = Student(ModelConfig(size="small"), 5_000)
+    encoder = sum(p.numel() for p in student.encoder.parameters())
+    assert encoder == 12_972_608
+    assert 5.0e6 < student.parameter_counts()["total"] - encoder < 5.2e6
+
+
+@pytest.mark.parametrize(("size", "limit"), [("tiny", 1_000_000), ("micro", 300_000)])
+def test_sizes_keep_their_promise(size: str, limit: int) -> None:
+    counts = Student(ModelConfig.model_validate({"size": size}), 40).parameter_counts()
+    assert 0.8 * limit < counts["total"] < limit
+    assert counts["trainable"] == counts["total"]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_padding_changes_nothing(training: bool) -> None:
+    """In training too: batch-norm statistics are those of the valid frames."""
+    lengths = [37, 80, 61]
+    student = tiny().train(training)
+    alone = tiny().train(training)
+    longer = torch.cat([ragged(lengths), torch.zeros(3, 23, 16)], dim=1)
+    short, frames = alone.encode(ragged(lengths), torch.tensor(lengths))
+    long, same = student.encode(longer, torch.tensor(lengths))
+    assert frames.tolist() == same.tolist() == [10, 20, 16]
+    mask = valid_mask(frames, short.shape[1])
+    assert (long[:, : short.shape[1]] - short)[mask].abs().max() < 1e-5
+    for name, value in alone.state_dict().items():  # running statistics
+        torch.testing.assert_close(student.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_gives_what_each_recording_gives_alone() -> None:
+    lengths = [37, 80, 61]
+    student, features = tiny().eval(), ragged([37, 80, 61])
+    together, frames = student.encode(features, torch.tensor(lengths))
+    for row, (length, count) in enumerate(zip(lengths, frames.tolist(), strict=True)):
+        alone, _ = student.encode(features[row : row + 1, :length], torch.tensor([length]))
+        assert alone.shape[1] == count
+        assert (alone[0] - together[row, :count]).abs().max() < 1e-5
+
+
+def test_padding_gets_no_gradient() -> None:
+    student = tiny().train()
+    features = ragged([37, 80]).requires_grad_()
+    encoded, frames = student.encode(features, torch.tensor([37, 80]))
+    encoded[valid_mask(frames, encoded.shape[1])].square().sum().backward()
+    assert features.grad is not None
+    assert features.grad[0, :37].any()
+    assert not features.grad[0, 40:].any()  # the convolutions see at most 3 frames beyond the end
+
+
+def test_masked_batch_norm_is_batch_norm_over_the_valid_frames() -> None:
+    values, mask = torch.randn(3, 9, 4), valid_mask(torch.tensor([9, 4, 6]), 9)
+    masked, plain = MaskedBatchNorm(4), nn.BatchNorm1d(4)
+    torch.testing.assert_close(masked(values, mask)[mask], plain(values[mask]))
+    torch.testing.assert_close(masked.running_var, plain.running_var)
+    masked.eval()
+    plain.eval()
+    torch.testing.assert_close(masked(values, mask)[mask], plain(values[mask]))
+
+
+def test_recording_dropout_drops_whole_channels_and_keeps_the_mean() -> None:
+    torch.manual_seed(0)
+    dropout = RecordingDropout(0.25)
+    out = dropout(torch.ones(200, 5, 50))
+    assert out.unique().tolist() == [0.0, pytest.approx(4 / 3)]
+    assert (out == out[:, :1]).all()  # one mask for all frames
+    assert abs(out.mean() - 1.0) < 0.02
+    assert (dropout.eval()(torch.ones(2, 3, 4)) == 1.0).all()
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 4, 5, 8, 9, 100, 101])
+def test_reduce_is_what_subsampling_does(frames: int) -> None:
+    out, lengths = Subsampling(16, 4, 8)(torch.randn(1, frames, 16), torch.tensor([frames]))
+    assert out.shape[1] == lengths.item() == -(-frames // 4)
+
+
+def test_encoded_frames_follow_from_the_samples() -> None:
+    student = tiny()
+    samples = torch.tensor([800, 16_000, 12_345])
+    features, lengths = student.front_end(torch.randn(3, 16_000), samples)
+    _, frames = student.encode(features, lengths)
+    assert student.encoded_frames(samples).tolist() == frames.tolist()
+    assert student.frame_rate_hz == 25.0
+
+
+def decoder_input(student: Student) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(3, 7, (2, 6), generator=generator)
+    tokens[:, 0] = 1
+    return tokens, torch.randn(2, 9, 16, generator=generator), torch.tensor([9, 5])
+
+
+def test_the_decoder_sees_no_later_token() -> None:
+    student = tiny().eval()
+    tokens, encoded, lengths = decoder_input(student)
+    before = student.decoder_logits(tokens, encoded, lengths)
+    for step in range(1, 6):
+        changed = tokens.clone()
+        changed[:, step:] = (changed[:, step:] - 2) % 4 + 3
+        assert not (changed == tokens).all()
+        after = student.decoder_logits(changed, encoded, lengths)
+        assert (after[:, :step] - before[:, :step]).abs().max() < 1e-6
+        assert (after[:, step] - before[:, step]).abs().max() > 1e-4  # and does see this one
+    prefix = student.decoder_logits(tokens[:, :3], encoded, lengths)
+    assert (prefix - before[:, :3]).abs().max() < 1e-5
+
+
+def test_the_decoder_sees_the_valid_frames_and_no_padding() -> None:
+    student = tiny().eval()
+    tokens, encoded, lengths = decoder_input(student)
+    before = student.decoder_logits(tokens, encoded, lengths)
+    padding, frame = encoded.clone(), encoded.clone()
+    padding[1, 5:] = 100.0
+    frame[1, 4] = 100.0
+    assert (student.decoder_logits(tokens, padding, lengths) - before).abs().max() < 1e-6
+    assert (student.decoder_logits(tokens, frame, lengths)[1] - before[1]).abs().max() > 1e-3
+
+
+def test_the_same_seed_gives_the_same_weights() -> None:
+    first, second = tiny().state_dict(), tiny().state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
