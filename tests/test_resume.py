@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -204,23 +203,23 @@ def test_two_unbroken_runs_are_identical_and_another_seed_is_not(
     [
         ("plain", in_batch(0)),  # before anything is saved
         ("plain", in_batch(3)),
-        ("plain", in_batch(9)),
-        ("plain", in_validation(1)),
+        pytest.param("plain", in_batch(9), marks=pytest.mark.slow),
+        pytest.param("plain", in_validation(1), marks=pytest.mark.slow),
         ("plain", in_validation(2)),
         ("plain", after_saving("best.pt", 1)),
-        ("plain", after_saving("checkpoint_epoch_2.pt", 1)),
-        ("plain", after_saving("latest.pt", 1)),
+        pytest.param("plain", after_saving("checkpoint_epoch_2.pt", 1), marks=pytest.mark.slow),
+        pytest.param("plain", after_saving("latest.pt", 1), marks=pytest.mark.slow),
         ("plain", after_saving("latest.pt", 6)),
         ("plain", after_saving("latest.pt", 8)),  # the last one: only the status is missing
-        ("accumulate", in_batch(3)),  # the second batch of an update
+        pytest.param("accumulate", in_batch(3), marks=pytest.mark.slow),  # the second batch of an update
         ("accumulate", in_batch(5)),  # just after an epoch that ended within an update
-        ("accumulate", in_validation(1)),
+        pytest.param("accumulate", in_validation(1), marks=pytest.mark.slow),
         ("accumulate", after_saving("best.pt", 1)),
-        ("accumulate", after_saving("latest.pt", 4)),
+        pytest.param("accumulate", after_saving("latest.pt", 4), marks=pytest.mark.slow),
         ("two stages", in_batch(3)),  # in the frozen stage
         ("two stages", in_batch(10)),  # the first batch after it
-        ("two stages", in_validation(2)),
-        ("two stages", after_saving("latest.pt", 9)),
+        pytest.param("two stages", in_validation(2), marks=pytest.mark.slow),
+        pytest.param("two stages", after_saving("latest.pt", 9), marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_ends_like_an_unbroken_one(
@@ -236,6 +235,7 @@ def test_a_killed_run_ends_like_an_unbroken_one(
     assert_identical_runs(unbroken(name), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_killed_again_and_again(
     corpus: Corpus, parent: Path, unbroken: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,7 +244,7 @@ def test_a_run_killed_again_and_again(
     assert_identical_runs(unbroken("two stages"), tmp_path / "run")
 
 
-@pytest.mark.parametrize("count", range(5, 9))
+@pytest.mark.parametrize("count", [6, *(pytest.param(n, marks=pytest.mark.slow) for n in (5, 7, 8))])
 def test_a_run_killed_within_a_save(
     corpus: Corpus, unbroken: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
@@ -253,8 +253,16 @@ def test_a_run_killed_within_a_save(
     assert_identical_runs(unbroken("plain"), tmp_path / "run")
 
 
-@pytest.mark.parametrize(("name", "number"), [("plain", 6), ("accumulate", 6), ("accumulate", 7), ("two stages", 3)])
-@pytest.mark.parametrize("how", ["event", "SIGTERM", "SIGINT"])
+@pytest.mark.parametrize(
+    ("name", "number", "how"),
+    [
+        ("plain", 6, "event"),
+        ("accumulate", 6, "SIGTERM"),  # the first batch of an update
+        ("two stages", 3, "SIGINT"),
+        pytest.param("plain", 6, "SIGTERM", marks=pytest.mark.slow),
+        pytest.param("accumulate", 7, "SIGTERM", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_asked_to_stop_finishes_the_update_saves_and_goes_on(
     corpus: Corpus,
     parent: Path,
@@ -394,33 +402,35 @@ def test_other_recordings_are_refused(corpus: Corpus, tmp_path: Path, monkeypatc
         fit(job, resume=True, quiet=True)
 
 
+SCRIPT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from tiny_corpus import job_for
+from xded.corpus.manifest import read_corpus
+from xded.training import status
+from xded.training.run import fit
+status.METRICS_EVERY_UPDATES = 1
+train = {"stages": [{"epochs": int(sys.argv[4]), "peak_lr": 1e-3}], "save_every_steps": 2}
+fit(job_for(read_corpus(Path(sys.argv[2])), Path(sys.argv[3]), train=train), quiet=True)
+"""
+
+
 @pytest.mark.slow
 def test_a_real_process_killed_by_sigkill(corpus: Corpus, tmp_path: Path) -> None:
-    train = {**PLAIN, "stages": [{"epochs": 60, "peak_lr": 1e-3}]}
-    script = f"""
-        import sys
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from pathlib import Path
-        from tiny_corpus import job_for
-        from xded.corpus.manifest import read_corpus
-        from xded.training import status
-        from xded.training.run import fit
-        status.METRICS_EVERY_UPDATES = 1
-        fit(job_for(read_corpus(Path({str(corpus.path)!r})), Path({str(tmp_path / "run")!r}), train={train!r}), quiet=True)
-    """
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script)], env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (metrics.is_file() and metrics.read_text().count("\n") > 40):
+    epochs, out = 16, tmp_path / "run"
+    arguments = [str(Path(__file__).parent), str(corpus.path), str(out), str(epochs)]
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    metrics, deadline = out / "metrics.jsonl", time.monotonic() + 60
+    while not (metrics.is_file() and metrics.read_text().count("\n") > 12):
         assert process.poll() is None, "the run ended by itself"
         assert time.monotonic() < deadline
         time.sleep(0.005)
     process.kill()
     process.wait()
-    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "running"
-    assert status.read_status(tmp_path / "run")["state"] == "killed"
-    for name, resume in (("run", True), ("unbroken", False)):
-        fit(job_for(corpus, tmp_path / name, train=train), resume=resume, quiet=True)
-    assert_identical_runs(tmp_path / "unbroken", tmp_path / "run")
+    assert json.loads((out / "status.json").read_text())["state"] == "running"
+    assert status.read_status(out)["state"] == "killed"
+    train = {"stages": [{"epochs": epochs, "peak_lr": 1e-3}], "save_every_steps": 2}
+    for folder, resume in (("run", True), ("unbroken", False)):
+        fit(job_for(corpus, tmp_path / folder, train=train), resume=resume, quiet=True)
+    assert_identical_runs(tmp_path / "unbroken", out)

@@ -19,7 +19,7 @@ from xded.training.run import Job
 SAMPLE_RATE = 16_000
 WORDS = ("AB", "BAD", "CAB", "DA")
 MODEL = {
-    "size": None, "width": 16, "encoder_layers": 2, "heads": 2, "kernel": 3, "feed_forward_factor": 1,
+    "size": None, "width": 16, "encoder_layers": 1, "heads": 2, "kernel": 3, "feed_forward_factor": 1,
     "subsampling_channels": 4, "decoder_layers": 1, "decoder_feed_forward": 16,
 }  # fmt: skip
 
@@ -38,18 +38,9 @@ def write_corpus(
                 folder.mkdir(parents=True, exist_ok=True)
                 audio = _tones(word, 1.0 + 0.1 * number, random)
                 soundfile.write(path, audio, SAMPLE_RATE, subtype="PCM_16")
-                recordings.append(
-                    Recording(
-                        audio_filepath=path,
-                        duration=len(audio) / SAMPLE_RATE,
-                        text=word,
-                        recording=name,
-                        speaker=speaker,
-                        take=name,
-                        prompt=word,
-                        role="control" if speaker in controls else "target",
-                    )  # fmt: skip
-                )
+                row = {"audio_filepath": path, "duration": len(audio) / SAMPLE_RATE, "text": word, "prompt": word}
+                who = {"speaker": speaker, "role": "control" if speaker in controls else "target"}
+                recordings.append(Recording.model_validate({**row, **who, "recording": name, "take": name}))
     write_manifest(folder / "manifest.jsonl", recordings)
     return read_corpus(folder)
 

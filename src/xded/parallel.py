@@ -6,6 +6,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from typing import TypeVar
 
 Argument = TypeVar("Argument")
@@ -24,18 +25,24 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@cache
+def _pool(jobs: int) -> ProcessPoolExecutor:
+    """The processes of this run: kept, because a fresh one spends seconds on importing torch."""
+    context = multiprocessing.get_context("spawn")  # torch and fork do not mix
+    return ProcessPoolExecutor(jobs, mp_context=context, initializer=_one_thread)
+
+
 def run_all(function: Callable[[Argument], Result], arguments: Sequence[Argument], jobs: int) -> list[Result]:
-    """`function` of every argument, in order; with more than one job in fresh processes.
+    """`function` of every argument, in order; with more than one job in other processes.
 
     The first error is raised after the pieces under way have ended; finished pieces are on disk and are not lost.
     """
     if jobs <= 1 or len(arguments) <= 1:
         return [function(argument) for argument in arguments]
-    context = multiprocessing.get_context("spawn")  # torch and fork do not mix
-    with ProcessPoolExecutor(min(jobs, len(arguments)), mp_context=context, initializer=_one_thread) as pool:
-        futures = [pool.submit(function, argument) for argument in arguments]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    futures = [_pool(jobs).submit(function, argument) for argument in arguments]
+    try:
+        return [future.result() for future in futures]
+    except BaseException:
+        _pool(jobs).shutdown(wait=True, cancel_futures=True)
+        _pool.cache_clear()
+        raise
