@@ -16,7 +16,6 @@ from xded.features import valid_mask
 from xded.models.conformer import MaskedBatchNorm, RecordingDropout, Subsampling
 from xded.models.student import Student
 
-NEMO = Path(__file__).parents[2] / "shared" / "data" / "nemo"
 RENAMED = (
     ("encoder.", ""),
     ("pre_encode.conv.0", "subsampling.conv1"),
@@ -53,9 +52,9 @@ def ragged(lengths: list[int], mels: int = 16) -> Tensor:
     return torch.where(valid_mask(torch.tensor(lengths), max(lengths))[:, :, None], features, 0.0)
 
 
-def nemo_weights() -> dict[str, Tensor]:
+def nemo_weights(archive_path: Path) -> dict[str, Tensor]:
     """The encoder of NeMo's checkpoint under this project's names."""
-    with tarfile.open(NEMO / "random_conformer_small.nemo") as archive:
+    with tarfile.open(archive_path) as archive:
         member = archive.extractfile("./model_weights.ckpt")
         assert member is not None
         stored = torch.load(io.BytesIO(member.read()), weights_only=True)
@@ -68,12 +67,12 @@ def nemo_weights() -> dict[str, Tensor]:
     return weights
 
 
-def test_encoder_equals_nemo() -> None:
-    if not NEMO.is_dir():
-        pytest.skip(f"{NEMO} is not there")
-    recorded = np.load(NEMO / "nemo_parity.npz")
+def test_encoder_equals_nemo(shared: Path) -> None:
+    recorded = np.load(shared / "data" / "nemo" / "nemo_parity.npz")
     student = Student(ModelConfig(size="small"), 10).eval()
-    student.encoder.load_state_dict(nemo_weights())  # strict: every weight has its counterpart
+    student.encoder.load_state_dict(
+        nemo_weights(shared / "data" / "nemo" / "random_conformer_small.nemo")
+    )  # strict: every weight has its counterpart
     features = torch.from_numpy(recorded["features"]).transpose(1, 2)
     with torch.inference_mode():
         encoded, lengths = student.encode(features, torch.from_numpy(recorded["features_len"]))

@@ -11,8 +11,6 @@ import torch
 from xded.config import FeatureConfig
 from xded.features import LogMel, hertz_to_mel, mel_filterbank, mel_to_hertz, valid_mask
 
-PARITY = Path(__file__).parents[2] / "shared" / "data" / "nemo" / "nemo_parity.npz"
-
 
 def noise(samples: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(0.0, 0.1, samples).astype(np.float32)
@@ -54,10 +52,8 @@ def slow_filters() -> np.ndarray:
     return filters
 
 
-def test_features_equal_nemo() -> None:
-    if not PARITY.is_file():
-        pytest.skip(f"{PARITY} is not there")
-    recorded = np.load(PARITY)
+def test_features_equal_nemo(shared: Path) -> None:
+    recorded = np.load(shared / "data" / "nemo" / "nemo_parity.npz")
     waveforms, samples = torch.from_numpy(recorded["waveform"]), torch.from_numpy(recorded["waveform_len"])
     features, lengths = LogMel(FeatureConfig())(waveforms, samples)
     assert lengths.tolist() == recorded["features_len"].tolist()

@@ -49,7 +49,7 @@ class Plan:
 
     fold_size: int = 2
     seeds: int = 2
-    updates: int = 400
+    updates: int = 250
     attempts: tuple[str, ...] = ATTEMPTS
     jobs: int = 2
 

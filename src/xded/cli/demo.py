@@ -24,7 +24,7 @@ def demo(
     config: ConfigOption = None,
     fold_size: Annotated[int, typer.Option(min=1, help="Speakers held out together.")] = 2,
     seeds: Annotated[int, typer.Option(min=1, help="Students trained with so many seeds.")] = 2,
-    updates: Annotated[int, typer.Option(min=1, help="Updates of every student.")] = 400,
+    updates: Annotated[int, typer.Option(min=1, help="Updates of every student.")] = 250,
     jobs: JobsOption = 0,
     settings: SetOption = None,
 ) -> None:
