@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_corpus import job_for, write_corpus
 
+from tiny_corpus import job_for, write_corpus
 from xded.errors import CheckpointError, ConfigError, TrainingError
 from xded.models.checkpoints import load, load_latest, previous, save, sha256_of, sidecar
 from xded.models.recogniser import load_recogniser, pick_device
@@ -52,7 +52,7 @@ def test_a_damaged_latest_gives_its_predecessor_and_a_warning_that_names_it(tmp_
     if damage == "gone":
         latest.unlink()
     else:
-        latest.write_bytes({"bit": bytes(content), "cut": content[:-100], "empty": b""}[damage])
+        latest.write_bytes({"bit": bytes(content), "cut": bytes(content[:-100]), "empty": b""}[damage])
     payload, warning = load_latest(tmp_path)
     assert payload["batch"] == 1
     assert warning is not None
@@ -61,7 +61,7 @@ def test_a_damaged_latest_gives_its_predecessor_and_a_warning_that_names_it(tmp_
 
 
 def test_a_predecessor_never_has_the_hash_of_another_file(tmp_path: Path) -> None:
-    """A kill between the renames leaves latest.pt without a hash; what follows must not make its successor unreadable."""
+    """A kill between the renames leaves latest.pt without a hash; the next save must not make it unreadable."""
     latest = tmp_path / "latest.pt"
     for batch in (1, 2):
         save(numbered(batch), latest, keep_previous=True)
@@ -140,7 +140,7 @@ def test_what_torch_makes_of_a_full_disk_is_recognised(tmp_path: Path, monkeypat
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(RuntimeError, match="PytorchStreamWriter"):  # room enough: something else is wrong
         save(PAYLOAD, tmp_path / "best.pt")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
     with pytest.raises(TrainingError, match="disk is full"):
         save(PAYLOAD, tmp_path / "best.pt")
 

@@ -20,6 +20,7 @@ from xded.corpus.manifest import Corpus
 from xded.errors import EXIT_INTERRUPTED, CheckpointError, ConfigError
 from xded.models import checkpoints
 from xded.training import run, status
+from xded.training.evaluation import validate
 from xded.training.loop import InterruptedRunError, Loop
 from xded.training.run import fit
 
@@ -99,7 +100,7 @@ def in_validation(epoch: int) -> Kill:
     """At the end of an epoch, before anything is saved."""
 
     def kill(patch: pytest.MonkeyPatch) -> None:
-        validate, calls = run.validate, iter(range(1, 100))
+        calls = iter(range(1, 100))
 
         def validating(*args: Any, **named: Any) -> dict[str, float]:
             if next(calls) == epoch:
@@ -201,7 +202,7 @@ def test_two_unbroken_runs_are_identical_and_another_seed_is_not(
 @pytest.mark.parametrize(
     ("name", "kill"),
     [
-        ("plain", in_batch(0)),  # before anything is saved
+        pytest.param("plain", in_batch(0), marks=pytest.mark.slow),  # before anything is saved
         ("plain", in_batch(3)),
         pytest.param("plain", in_batch(9), marks=pytest.mark.slow),
         pytest.param("plain", in_validation(1), marks=pytest.mark.slow),
@@ -209,15 +210,15 @@ def test_two_unbroken_runs_are_identical_and_another_seed_is_not(
         ("plain", after_saving("best.pt", 1)),
         pytest.param("plain", after_saving("checkpoint_epoch_2.pt", 1), marks=pytest.mark.slow),
         pytest.param("plain", after_saving("latest.pt", 1), marks=pytest.mark.slow),
-        ("plain", after_saving("latest.pt", 6)),
+        pytest.param("plain", after_saving("latest.pt", 6), marks=pytest.mark.slow),
         ("plain", after_saving("latest.pt", 8)),  # the last one: only the status is missing
         pytest.param("accumulate", in_batch(3), marks=pytest.mark.slow),  # the second batch of an update
-        ("accumulate", in_batch(5)),  # just after an epoch that ended within an update
+        pytest.param("accumulate", in_batch(5), marks=pytest.mark.slow),  # after an epoch that ended in an update
         pytest.param("accumulate", in_validation(1), marks=pytest.mark.slow),
         ("accumulate", after_saving("best.pt", 1)),
         pytest.param("accumulate", after_saving("latest.pt", 4), marks=pytest.mark.slow),
         ("two stages", in_batch(3)),  # in the frozen stage
-        ("two stages", in_batch(10)),  # the first batch after it
+        pytest.param("two stages", in_batch(10), marks=pytest.mark.slow),  # the first batch after it
         pytest.param("two stages", in_validation(2), marks=pytest.mark.slow),
         pytest.param("two stages", after_saving("latest.pt", 9), marks=pytest.mark.slow),
     ],

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from tiny_corpus import tiny_config, write_corpus
 from xded.corpus.folds import Fold, Provenance
@@ -90,7 +91,7 @@ def test_large_vocabularies_keep_their_ids(tmp_path: Path, vocabulary: int, bits
     writer.add(Entry(recording="r", audio_sha256=HASH, steps=1), last)
     writer.close()
     assert Store(tmp_path).read("r").ids.tolist() == [[0, vocabulary - 1]]
-    assert stores.load_file(tmp_path / "shard_000.safetensors")["ids"].dtype == bits
+    assert load_file(tmp_path / "shard_000.safetensors")["ids"].dtype == bits
 
 
 def test_an_interrupted_writer_leaves_nothing_readable(tmp_path: Path) -> None:

@@ -156,13 +156,13 @@ def test_self_test_lists_ten_words_counts_the_rest_and_says_what_is_missing() ->
 
 def test_self_test_names_the_normaliser_that_would_do() -> None:
     tokenizer = Tokenizer.train(["xray", "go"], "char", 64, "upper")
-    with pytest.raises(TokenizerError, match="--normaliser upper_no_punctuation"):
+    with pytest.raises(TokenizerError, match="--set tokenizer.normaliser=upper_no_punctuation"):
         tokenizer.self_test(["X-RAY", "GO"])
-    with pytest.raises(TokenizerError, match="--normaliser upper, "):
+    with pytest.raises(TokenizerError, match="--set tokenizer.normaliser=upper, "):
         Tokenizer.from_bytes(tokenizer.model_bytes, "lower").self_test(["go"])
     with pytest.raises(TokenizerError) as caught:
         tokenizer.self_test(["zulu"])
-    assert "--normaliser" not in str(caught.value)
+    assert "tokenizer.normaliser" not in str(caught.value)
 
 
 def test_a_text_that_comes_back_changed_fails() -> None:
@@ -178,7 +178,7 @@ def test_the_study_tokenizer_writes_all_words_but_three() -> None:
         tokenizer.self_test(words, head_size=5000)
     assert "cannot write 3 of 255 texts: 'ROLY-POLY' (<unk> for -); 'THIRTY-FIVE'" in str(caught.value)
     assert "'X-RAY'" in str(caught.value)
-    assert "--normaliser upper_no_punctuation" in caught.value.remedy
+    assert "--set tokenizer.normaliser=upper_no_punctuation" in caught.value.remedy
     Tokenizer.load(path, "upper_no_punctuation").self_test(words, head_size=5000)
     assert sum(len(tokenizer.encode(word)) == 1 for word in words) == 145
     assert tokenizer.decode([2715, 129]) == "YALE"

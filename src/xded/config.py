@@ -315,6 +315,10 @@ def override(config: Config, changes: Mapping[str, Any], where: str = "the comma
         section = data
         for parent in parents:
             section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise ConfigError(
+                    f"{where}: unknown key '{key}': '{parent}' is a value, not a section.", "Give the whole value."
+                )
         section[last] = value
     return build(data, where)
 

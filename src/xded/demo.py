@@ -7,7 +7,7 @@ the same number of updates. What comes out is a table with intervals and what it
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from xded.tokenizer import Tokenizer
 from xded.training.data import TrainingData
 from xded.training.evaluation import recognise
 from xded.training.run import Job, fit
+from xded.training.status import clock
 
 ATTEMPTS = (
     "supervised from scratch",
@@ -34,6 +35,7 @@ ATTEMPTS = (
     "student",
     "student from the parent",
 )
+SAY_EVERY_S = 10.0
 DECODES = {"open": DecodeConfig(), "word list": DecodeConfig(word_list=True)}
 Results = dict[str, dict[str, list[Prediction]]]  # system -> decode -> predictions over all folds and seeds
 
@@ -204,7 +206,23 @@ class Outcome:
     seconds: Mapping[str, float]
 
 
-def run(corpus: Corpus, config: Config, plan: Plan, out: Path, say: object = print) -> Outcome:
+def _progress(total: int, say: Callable[[str], object]) -> Callable[[int], None]:
+    """Takes how many of `total` pieces are done and says it, with the time left, every few seconds."""
+    begun = last = time.monotonic()
+
+    def done(count: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= SAY_EVERY_S:
+            last = now
+            say(f"  {count} of {total} done, {clock((now - begun) * (total - count) / count)} left")
+
+    return done
+
+
+def run(
+    corpus: Corpus, config: Config, plan: Plan, out: Path, say: Callable[[str], object] = lambda line: None
+) -> Outcome:
     """The whole job; resumable: finished teachers, targets and attempts are kept.
 
     Args:
@@ -212,14 +230,13 @@ def run(corpus: Corpus, config: Config, plan: Plan, out: Path, say: object = pri
         plan: folds, seeds, updates.
         out: folder for everything; say: takes progress lines.
     """
-    assert callable(say)
     folds = folds_of(corpus, plan.fold_size)
     seconds: dict[str, float] = {}
     begun = time.monotonic()
     shared = None
     # a parent that has heard no target speaker, and its teachers, serve all folds
     if config.teach.parent_on == "controls":
-        say("parent and teachers ...")
+        say(f"parent, then {sum(len(fold) for fold in folds)} teachers ...")
         shared = teach(corpus, with_held_out(config, ()), out / "teachers", jobs=plan.jobs, quiet=True)
         seconds["parent and teachers"] = time.monotonic() - begun
     works = []
@@ -231,7 +248,7 @@ def run(corpus: Corpus, config: Config, plan: Plan, out: Path, say: object = pri
     attempts = [attempts_of(corpus, config, plan, work) for work in works]
     flat = [attempt for group in attempts for attempt in group]
     say(f"{len(flat)} students and baselines, {plan.updates} updates each ...")
-    run_all(run_attempt, flat, plan.jobs)
+    run_all(run_attempt, flat, plan.jobs, _progress(len(flat), say))
     seconds["students and baselines"] = time.monotonic() - begun - sum(seconds.values())
     results: Results = {}
     for work, group in zip(works, attempts, strict=True):

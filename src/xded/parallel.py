@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 from typing import TypeVar
+
+from xded.errors import TrainingError
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
@@ -18,31 +23,71 @@ def default_jobs() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _one_thread() -> None:
+def _start_worker() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
+    # Ctrl-C reaches every process of the terminal: the first one decides, a training run handles it by itself
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
     torch.set_num_threads(1)
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when the process that started it is killed; otherwise it would wait for work forever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 @cache
 def _pool(jobs: int) -> ProcessPoolExecutor:
     """The processes of this run: kept, because a fresh one spends seconds on importing torch."""
     context = multiprocessing.get_context("spawn")  # torch and fork do not mix
-    return ProcessPoolExecutor(jobs, mp_context=context, initializer=_one_thread)
+    return ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker)
 
 
-def run_all(function: Callable[[Argument], Result], arguments: Sequence[Argument], jobs: int) -> list[Result]:
+def run_all(
+    function: Callable[[Argument], Result],
+    arguments: Sequence[Argument],
+    jobs: int,
+    done: Callable[[int], object] = lambda count: None,
+) -> list[Result]:
     """`function` of every argument, in order; with more than one job in other processes.
 
     The first error is raised after the pieces under way have ended; finished pieces are on disk and are not lost.
+
+    Args:
+        function, arguments, jobs: what to do, with what, in how many processes.
+        done: called with the number of finished pieces whenever one ends.
+
+    Raises:
+        TrainingError: a process was killed from outside.
     """
     if jobs <= 1 or len(arguments) <= 1:
-        return [function(argument) for argument in arguments]
-    futures = [_pool(jobs).submit(function, argument) for argument in arguments]
+        results = []
+        for count, argument in enumerate(arguments, start=1):
+            results.append(function(argument))
+            done(count)
+        return results
     try:
+        futures = [_pool(jobs).submit(function, argument) for argument in arguments]
+        for count, future in enumerate(as_completed(futures), start=1):
+            future.result()
+            done(count)
         return [future.result() for future in futures]
+    except BrokenProcessPool as error:
+        _drop_pool(jobs)
+        raise TrainingError(
+            f"One of {jobs} worker processes was killed; often the memory was not enough for all of them.",
+            "Give the same command again with fewer --jobs: what is finished is kept.",
+        ) from error
     except BaseException:
-        _pool(jobs).shutdown(wait=True, cancel_futures=True)
-        _pool.cache_clear()
+        _drop_pool(jobs)
         raise
+
+
+def _drop_pool(jobs: int) -> None:
+    _pool(jobs).shutdown(wait=True, cancel_futures=True)
+    _pool.cache_clear()

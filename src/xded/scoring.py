@@ -304,7 +304,7 @@ def _count(predictions: Sequence[Prediction], normaliser: str, word_list: Iterab
         if not texts[p.reference]:
             raise ScoringError(
                 f"Recording '{p.recording}': nothing is left of its reference '{p.reference}' with '{normaliser}'.",
-                "Mend the text in the manifest, or use another --normaliser.",
+                "Mend the text in the manifest, or use another normaliser (tokenizer.normaliser).",
             )
     pairs = [(texts[p.reference], texts[p.hypothesis]) for p in predictions]
     distinct = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
@@ -440,7 +440,7 @@ def compare(a: Scores, b: Scores, *, seed: int = 0, resamples: int = 2000, permu
     if a.conditions["normaliser"] != b.conditions["normaliser"]:
         raise ScoringError(
             f"The two scores use the normalisers '{a.conditions['normaliser']}' and '{b.conditions['normaliser']}'.",
-            "Score both with the same --normaliser.",
+            "Score models that were trained with the same tokenizer.normaliser.",
         )
     rows = np.array([[s.takes[t].right for s in (a, b)] + [s.takes[t].predictions for s in (a, b)] for t in a.takes])
     generator = np.random.default_rng(seed)

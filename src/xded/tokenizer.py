@@ -180,7 +180,7 @@ class Tokenizer:
         if len(failures) > LISTED_FAILURES:
             listed += f"; and {len(failures) - LISTED_FAILURES} more"
         others = [n for n in NORMALISERS if not _failures(self._processor, texts, n)]
-        remedy = f"Use --normaliser {others[0]}, which writes all of them, or" if others else "Use"
+        remedy = f"Use --set tokenizer.normaliser={others[0]}, which writes all of them, or" if others else "Use"
         raise TokenizerError(
             f"{self.source} with normaliser '{self.normaliser}' cannot write {len(failures)} of {len(texts)} texts: "
             f"{listed}.",

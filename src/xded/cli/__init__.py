@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import sys
+from collections.abc import Callable
+from typing import NoReturn
 
 import typer
 
@@ -15,15 +18,27 @@ import xded.cli.teach as teach
 import xded.cli.train as train
 import xded.cli.transcribe as transcribe
 from xded import __version__
-from xded.errors import EXIT_INTERRUPTED, XdedError
+from xded.errors import EXIT_FAILURE, EXIT_INTERRUPTED, XdedError
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 something failed (disk full, loss not finite); 2 a wrong argument, config or input; "
     "3 done, and problems were found; 130 interrupted."
 )
 
+# what the system may refuse, whatever the arguments are; any other OSError is a bug and shows its traceback
+REFUSALS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), ("the disk is full", "Free some space")),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), ("permission denied", "Mend its permissions")),
+    errno.ENOTDIR: ("a file stands where a folder is needed", "Choose another path"),
+    errno.EEXIST: ("a file stands where a folder is needed", "Choose another path"),
+    errno.EISDIR: ("a folder stands where a file is needed", "Choose another path"),
+    errno.EMFILE: ("too many files are open", "Raise 'ulimit -n'"),
+    errno.EIO: ("the disk reports an error", "Check the disk"),
+}
+
 app = typer.Typer(
-    help="Distil many speaker-specific recognisers into one, and test it on a speaker it has never heard.",
+    help="Distil many speaker-specific recognisers into one, and test it on a speaker it has never heard.\n\n"
+    "Example: xded demo --out work/demo",
     epilog=EXIT_CODES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -39,23 +54,38 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
         raise typer.Exit
 
 
-app.command("demo", help=demo.__doc__)(demo.demo)
-app.add_typer(corpus.app, name="corpus")
-app.command("teach", help=teach.__doc__)(teach.teach)
-app.command("targets", help=targets.__doc__)(targets.targets)
-app.command("train", help=train.__doc__)(train.train)
-app.command("evaluate", help=evaluate.__doc__)(evaluate.evaluate)
-app.command("transcribe", help=transcribe.__doc__)(transcribe.transcribe)
-app.command("status", help=status.__doc__)(status.status)
+def _add(name: str, module_doc: str | None, command: Callable[..., None]) -> None:
+    """Adds a verb; the first sentence of its module's docstring stands in the list of verbs."""
+    text = module_doc or ""
+    app.command(name, help=text, short_help=text.partition(".")[0].partition(":")[0] + ".")(command)
+
+
+_add("demo", demo.__doc__, demo.demo)
+app.add_typer(corpus.app, name="corpus", short_help="Import, describe, check, synthesise or simulate a corpus.")
+_add("teach", teach.__doc__, teach.teach)
+_add("targets", targets.__doc__, targets.targets)
+_add("train", train.__doc__, train.train)
+_add("evaluate", evaluate.__doc__, evaluate.evaluate)
+_add("transcribe", transcribe.__doc__, transcribe.transcribe)
+_add("status", status.__doc__, status.status)
 
 
 def main() -> None:
-    """Entry point: an `XdedError` becomes one paragraph on standard error and its exit code."""
+    """Entry point: an error with a remedy becomes one paragraph on standard error and its exit code."""
     try:
         app()
     except XdedError as error:
-        print(f"xded: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _stop(str(error), error.exit_code)
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        problem, remedy = REFUSALS[error.errno]
+        path = f"{error.filename}: " if error.filename else ""
+        _stop(f"{path}{problem}. {remedy} and give the same command again: what is finished is kept.", EXIT_FAILURE)
     except KeyboardInterrupt:
-        print("xded: interrupted.", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+        _stop("interrupted. Give the same command again to go on: what is finished is kept.", EXIT_INTERRUPTED)
+
+
+def _stop(paragraph: str, exit_code: int) -> NoReturn:
+    print(f"xded: {' '.join(paragraph.split())}", file=sys.stderr)
+    sys.exit(exit_code)

@@ -22,9 +22,9 @@ def demo(
     ),
     corpus: CorpusOption = None,
     config: ConfigOption = None,
-    fold_size: Annotated[int, typer.Option(min=1, help="Speakers held out together.")] = 2,
-    seeds: Annotated[int, typer.Option(min=1, help="Students trained with so many seeds.")] = 2,
-    updates: Annotated[int, typer.Option(min=1, help="Updates of every student.")] = 250,
+    fold_size: Annotated[int, typer.Option(metavar="N", min=1, help="Speakers held out together.")] = 2,
+    seeds: Annotated[int, typer.Option(metavar="N", min=1, help="Students trained with so many seeds.")] = 2,
+    updates: Annotated[int, typer.Option(metavar="N", min=1, help="Updates of every student.")] = 250,
     jobs: JobsOption = 0,
     settings: SetOption = None,
 ) -> None:
@@ -64,28 +64,33 @@ def write_report(outcome: Outcome, plan: Plan, words: tuple[str, ...], normalise
     from rich.console import Console
 
     from xded.report.main_job import band_table, in_words, main_table, scores_of
+    from xded.training.status import write_atomically
 
     scores = scores_of(outcome.results, normaliser, words)
     folds = ", ".join("+".join(fold) for fold in outcome.folds)
-    title = f"Unheard speakers: {len(outcome.folds)} folds ({folds}), {plan.seeds} seeds, {plan.updates} updates each"
+    title = (
+        f"Unheard speakers: {_count(len(outcome.folds), 'fold')} ({folds}), {_count(plan.seeds, 'seed')}, "
+        f"{_count(plan.updates, 'update')} each"
+    )
     tables = [main_table(scores, len(words), title), *(t for t in (band_table(scores, "open"),) if t)]
     sentences = in_words(scores)
-    cost = ", ".join(f"{name} {value:.0f} s" for name, value in outcome.seconds.items())
+    seconds = ", ".join(f"{name} {value:.0f} s" for name, value in outcome.seconds.items())
+    cost = f"Time of the last call: {seconds} ({_count(plan.jobs, 'process', 'es')}); what it found finished was kept."
     console = Console()
     for table in tables:
-        console.print(table.rich())
-    for line in (*sentences, f"Time: {cost} ({plan.jobs} processes)."):
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(table.rich(), end="\n\n")
+    for line in (*sentences, cost):
+        console.print(line, highlight=False, markup=False)
     folder = out / "scores"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for system, by_decode in scores.items():
         for decode, result in by_decode.items():
-            (folder / f"{system.replace(', ', '_').replace(' ', '_')}.{decode.replace(' ', '_')}.json").write_text(
-                result.to_json(), encoding="utf-8"
-            )
-    parts = [table.markdown() for table in tables] + [
-        "".join(f"- {s}\n" for s in sentences),
-        f"Time: {cost} ({plan.jobs} processes).\n",
-    ]
-    (out / "report.md").write_text("\n".join(parts), encoding="utf-8")
-    console.print(f"{out / 'report.md'}", highlight=False)
+            name = f"{system.replace(', ', '_').replace(' ', '_')}.{decode.replace(' ', '_')}.json"
+            write_atomically(folder / name, result.to_json())
+    parts = [table.markdown() for table in tables] + ["".join(f"- {s}\n" for s in sentences), f"{cost}\n"]
+    write_atomically(out / "report.md", "\n".join(parts))
+    typer.echo(f"{out / 'report.md'}")
+
+
+def _count(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number} {noun}{'' if number == 1 else plural}"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from xded.cli.options import CorpusOption, HeldOutOption
+from xded.cli.options import CorpusOption, decode_settings
 
 if TYPE_CHECKING:
     from xded.corpus.manifest import Corpus, Recording
@@ -19,9 +19,12 @@ if TYPE_CHECKING:
 
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint or run folder.", show_default=False)],
-    held_out: HeldOutOption = None,
+    held_out: Annotated[
+        list[str] | None,
+        typer.Option("--held-out", metavar="SPEAKER", help="Test on them (repeat for more); default: the run's own."),
+    ] = None,
     corpus: CorpusOption = None,
-    decode: Annotated[str | None, typer.Option("--decode", help="ctc or decoder.")] = None,
+    decode: Annotated[str | None, typer.Option("--decode", metavar="HEAD", help="ctc or decoder.")] = None,
     beam: Annotated[int | None, typer.Option(help="Beam width; 1 is greedy.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Most tokens the decoder may write.")] = None,
     word_list: Annotated[
@@ -30,11 +33,13 @@ def evaluate(
     tokenizer: Annotated[
         Path | None, typer.Option(help="Must be the checkpoint's own; checked.", show_default=False)
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     output: Annotated[
         Path | None, typer.Option(help="Scores (JSON); default: scores.json in the run.", show_default=False)
     ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Only so many takes, drawn at random (seed 0).")] = None,
+    samples: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Only so many takes, drawn at random (seed 0).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
 ) -> None:
     """WRA, WER, CER with intervals over takes; predictions.jsonl beside the scores."""
@@ -44,12 +49,12 @@ def evaluate(
     from xded.scoring import score, write_predictions
     from xded.training.data import TrainingData
     from xded.training.evaluation import conditions_of, recognise
+    from xded.training.status import write_atomically
 
     recogniser = load_recogniser(checkpoint, device=str(pick_device(device)))
     loaded, test = _test_recordings(recogniser, corpus, held_out, samples)
     changes: dict[str, Any] = {"mode": decode, "beam": beam, "max_length": max_length, "word_list": word_list or None}
-    merged = {**recogniser.config.decode.model_dump(), **{k: v for k, v in changes.items() if v is not None}}
-    settings = _decode_config(merged)
+    settings = decode_settings(recogniser.config, changes)
     _check_tokenizer(recogniser, tokenizer, test)
     if settings.mode == "decoder" or settings.word_list:
         check_max_length([r.text for r in test], recogniser.tokenizer, settings.max_length)
@@ -66,7 +71,8 @@ def evaluate(
     output.parent.mkdir(parents=True, exist_ok=True)
     kept = output.with_name("predictions.jsonl" if output.name == "scores.json" else f"{output.stem}.predictions.jsonl")
     write_predictions(kept, predictions)
-    output.write_text(scores.to_json(), encoding="utf-8")
+    write_atomically(output, scores.to_json())
+    _warn_of_heard(recogniser, test)
     if as_json:
         typer.echo(scores.to_json())
         return
@@ -74,13 +80,20 @@ def evaluate(
 
     console = Console()
     console.print(score_table(scores))
-    console.print(f"{scores.statement}\n{output}\n{kept}", highlight=False, soft_wrap=True)
+    console.print(f"{output}\n{kept}", highlight=False, soft_wrap=True)
 
 
-def _decode_config(values: dict[str, Any]) -> Any:
-    from xded.config import Config, override
-
-    return override(Config(), {f"decode.{key}": value for key, value in values.items()}).decode
+def _warn_of_heard(recogniser: Recogniser, test: list[Recording]) -> None:
+    """Says on standard error which tested speakers the checkpoint has heard, and how many of the tested takes."""
+    heard = sorted({r.speaker for r in test} & {s for p in recogniser.provenance for s in p.speakers})
+    if heard:
+        takes = {r.take for r in test}
+        known = takes & {t for p in recogniser.provenance for t in p.takes}
+        typer.echo(
+            f"Warning: {recogniser.path} has heard {', '.join(heard)} (and {len(known)} of the {len(takes)} tested "
+            "takes): this is no test on an unheard speaker.",
+            err=True,
+        )
 
 
 def _test_recordings(

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from xded.config import Config
+    from xded.config import Config, DecodeConfig
+
+TOKENIZER = "tokenizer.model"  # where teachers, targets and runs keep their SentencePiece model
 
 CorpusOption = Annotated[
     Path | None, typer.Option("--corpus", help="Manifest, or the folder that holds manifest.jsonl.", show_default=False)
@@ -19,19 +21,19 @@ ConfigOption = Annotated[
 ]
 HeldOutOption = Annotated[
     list[str] | None,
-    typer.Option("--held-out", help="Speaker of whom nothing may be heard (repeat for more).", show_default=False),
+    typer.Option("--held-out", metavar="SPEAKER", help="Nothing of them may be heard (repeat for more)."),
 ]
 ExcludeOption = Annotated[
     list[str] | None,
-    typer.Option("--exclude", help="Speaker left out altogether (repeat for more).", show_default=False),
+    typer.Option("--exclude", metavar="SPEAKER", help="Left out altogether (repeat for more)."),
 ]
 OutOption = Annotated[Path, typer.Option("--out", help="Folder to write.", show_default=False)]
 JobsOption = Annotated[
-    int, typer.Option("--jobs", min=0, help="Pieces of work at once, one thread each; 0: one a core.")
+    int, typer.Option("--jobs", metavar="N", min=0, help="Pieces of work at once, one thread each; 0: one a core.")
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Any config key, e.g. --set train.batch_size=16 (repeat for more).", show_default=False),
+    typer.Option("--set", metavar="KEY=VALUE", help="Any config key, e.g. train.batch_size=16 (repeat for more)."),
 ]
 
 
@@ -56,7 +58,12 @@ def configured(path: Path | None, changes: dict[str, Any], settings: list[str] |
         key, equals, value = setting.partition("=")
         if not equals:
             raise ConfigError(f"--set {setting}: no '=' in it.", "Write --set section.key=value.")
-        changes[key] = yaml.safe_load(value)
+        try:
+            changes[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(
+                f"--set {setting}: '{value}' is not valid YAML.", "Write --set section.key=value."
+            ) from error
     return configs.override(config, changes)
 
 
@@ -82,3 +89,14 @@ def resolved(config: Config) -> Config:
     paths = {"corpus": config.corpus, "targets": config.targets, "train.init": config.train.init}
     paths["tokenizer.path"] = config.tokenizer.path
     return configs.override(config, {key: str(path.resolve()) for key, path in paths.items() if path is not None})
+
+
+def decode_settings(config: Config, changes: dict[str, Any]) -> DecodeConfig:
+    """How to decode: as the checkpoint's config says, with the flags of this command.
+
+    Raises:
+        ConfigError: a value that is wrong.
+    """
+    from xded import config as configs
+
+    return configs.override(config, {f"decode.{key}": value for key, value in changes.items()}).decode

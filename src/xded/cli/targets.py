@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from shutil import copyfile
+from typing import Annotated, Any
 
 import typer
 
 from xded.cli.options import (
+    TOKENIZER,
     ConfigOption,
     CorpusOption,
     ExcludeOption,
@@ -33,17 +35,22 @@ def targets(
     held_out: HeldOutOption = None,
     exclude: ExcludeOption = None,
     config: ConfigOption = None,
-    heard: Annotated[str | None, typer.Option(help="same_audio or same_prompt.")] = None,
-    aggregation: Annotated[str | None, typer.Option(help="prob_mean, logprob_mean or logit_mean.")] = None,
-    weighting: Annotated[str | None, typer.Option(help="uniform, reliability, confidence or band.")] = None,
+    heard: Annotated[str | None, typer.Option(metavar="HEARD", help="same_audio or same_prompt.")] = None,
+    aggregation: Annotated[
+        str | None, typer.Option(metavar="MEAN", help="prob_mean, logprob_mean or logit_mean.")
+    ] = None,
+    weighting: Annotated[
+        str | None, typer.Option(metavar="WEIGHTS", help="uniform, reliability, confidence or band.")
+    ] = None,
     temperature: Annotated[float | None, typer.Option(help="T of the targets.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Entries kept of each posterior.")] = None,
-    coverage: Annotated[str | None, typer.Option(help="strict, partial or all (with same_prompt).")] = None,
+    coverage: Annotated[
+        str | None, typer.Option(metavar="MODE", help="strict, partial or all (with same_prompt).")
+    ] = None,
     min_teachers: Annotated[int | None, typer.Option(help="With coverage partial.")] = None,
     controls: Annotated[
         bool | None, typer.Option("--controls/--no-controls", help="Control speakers train too.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the split.")] = None,
     jobs: JobsOption = 0,
     settings: SetOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -53,7 +60,7 @@ def targets(
         "corpus": corpus, "fold.held_out": held_out, "fold.exclude": exclude, "fold.controls": controls,
         "target.heard": heard, "target.aggregation": aggregation, "target.weighting": weighting,
         "target.top_k": top_k, "target.coverage": coverage, "target.min_teachers": min_teachers,
-        "objective.temperature": temperature, "seed": seed,
+        "objective.temperature": temperature,
     }  # fmt: skip
     tree = resolved(configured(config, changes, settings))
     from xded.corpus.folds import make_fold
@@ -64,8 +71,10 @@ def targets(
     loaded = read_corpus(need_corpus(tree))
     fold = make_fold(loaded, tree.fold)
     parts = parts_of(loaded, fold, tree)
-    made = make_targets(loaded, Teachers(teachers), fold, parts.train, tree, out, jobs=cores(jobs))
-    summary = {
+    folder = Teachers(teachers)
+    made = make_targets(loaded, folder, fold, parts.train, tree, out, jobs=cores(jobs))
+    copyfile(folder.tokenizer, out / TOKENIZER)  # a student of these targets needs it
+    summary: dict[str, dict[str, Any]] = {
         kind: {
             "recordings": len(index.recordings),
             "of": len(parts.train),
@@ -80,11 +89,6 @@ def targets(
         return
     for kind, row in summary.items():
         typer.echo(
-            f"{kind}: {row['recordings']} of {row['of']} training recordings, {len(index_teachers(row))} teachers "
+            f"{kind}: {row['recordings']} of {row['of']} training recordings, {len(row['teachers'])} teachers "
             f"({row['effective_teachers']} effective), {row['megabytes']} MB in {out / kind}"
         )
-
-
-def index_teachers(row: dict[str, object]) -> list[str]:
-    """Teachers of a row of the summary."""
-    return list(row["teachers"])  # type: ignore[call-overload]

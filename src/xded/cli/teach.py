@@ -6,6 +6,7 @@ Example: xded teach --corpus work/uaspeech --held-out M08 --out work/M08/teacher
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -31,10 +32,12 @@ def teach(
     held_out: HeldOutOption = None,
     exclude: ExcludeOption = None,
     config: ConfigOption = None,
-    parent_on: Annotated[str | None, typer.Option(help="Who the parent hears: controls, fold or both.")] = None,
+    parent_on: Annotated[
+        str | None, typer.Option(metavar="WHO", help="Who the parent hears: controls, fold or both.")
+    ] = None,
     freeze_layers: Annotated[int | None, typer.Option(help="First encoder layers that teachers keep.")] = None,
-    model_size: Annotated[str | None, typer.Option(help="micro, tiny, small or base.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="SentencePiece model; default: one is trained.")] = None,
+    model_size: Annotated[str | None, typer.Option(metavar="SIZE", help="micro, tiny, small or base.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="SentencePiece model; default: one is trained.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed.")] = None,
     jobs: JobsOption = 0,
     settings: SetOption = None,
@@ -47,16 +50,21 @@ def teach(
         "seed": seed,
     }  # fmt: skip
     tree = resolved(configured(config, changes, settings))
+    from xded.corpus.folds import make_fold
     from xded.corpus.manifest import read_corpus
     from xded.report.tables import crosstest_table, crosstest_values
     from xded.teachers.adapt import teach as train_teachers
+    from xded.teachers.adapt import teacher_speakers
     from xded.teachers.crosstest import crosstest
+    from xded.training.status import write_atomically
 
     loaded = read_corpus(need_corpus(tree))
+    wanted = teacher_speakers(loaded, make_fold(loaded, tree.fold))
+    typer.echo(f"Parent, then one teacher for each of {len(wanted)} speakers: {', '.join(wanted)}", err=True)
     teachers = train_teachers(loaded, tree, out, jobs=cores(jobs))
     said = crosstest(loaded, teachers, tree, jobs=cores(jobs))
     values = crosstest_values(said, tree.tokenizer.normaliser, tree.fold.held_out)
-    (out / "crosstest.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
+    write_atomically(out / "crosstest.json", json.dumps(values, indent=1))
     if as_json:
         typer.echo(json.dumps(values, indent=1))
     else:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from xded.cli.options import (
+    TOKENIZER,
     ConfigOption,
     CorpusOption,
     ExcludeOption,
@@ -21,6 +22,12 @@ from xded.cli.options import (
     need_corpus,
     resolved,
 )
+
+if TYPE_CHECKING:
+    from xded.config import Config
+    from xded.corpus.folds import Split
+    from xded.corpus.manifest import Corpus
+    from xded.tokenizer import Tokenizer
 
 
 def train(
@@ -32,7 +39,7 @@ def train(
     targets: Annotated[Path | None, typer.Option(help="Folder of 'xded targets'.", show_default=False)] = None,
     init: Annotated[Path | None, typer.Option(help="Checkpoint to start from.", show_default=False)] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="SentencePiece model.", show_default=False)] = None,
-    model_size: Annotated[str | None, typer.Option(help="micro, tiny, small or base.")] = None,
+    model_size: Annotated[str | None, typer.Option(metavar="SIZE", help="micro, tiny, small or base.")] = None,
     ctc: Annotated[float | None, typer.Option(help="Weight of CTC on the true text.")] = None,
     cross_entropy: Annotated[float | None, typer.Option(help="Weight of the decoder's cross-entropy.")] = None,
     ctc_kd: Annotated[float | None, typer.Option(help="Weight of CTC-KD.")] = None,
@@ -48,7 +55,7 @@ def train(
         bool, typer.Option("--include-held-out", help="Diagnostic: hear half of their takes.")
     ] = False,
     seed: Annotated[int | None, typer.Option(help="Seed.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = None,
+    device: Annotated[str | None, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps.")] = None,
     settings: SetOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from latest.pt.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on the console.")] = False,
@@ -77,7 +84,7 @@ def train(
     run(tree, out, resume, quiet)
 
 
-def with_last_stage(tree: Any, epochs: int | None, peak_lr: float | None) -> Any:
+def with_last_stage(tree: Config, epochs: int | None, peak_lr: float | None) -> Config:
     """The config with epochs and learning rate of its last stage replaced."""
     from xded import config as configs
 
@@ -86,13 +93,27 @@ def with_last_stage(tree: Any, epochs: int | None, peak_lr: float | None) -> Any
     return configs.override(tree, {"train.stages": (*stages[:-1], last)})
 
 
-def run(tree: Any, out: Path | None, resume: bool, quiet: bool) -> None:
+def _tokenizer(corpus: Corpus, parts: Split, tree: Config, out: Path) -> Tokenizer:
+    """That of --tokenizer, else of the checkpoint to start from, else of the targets, else one is trained."""
+    from xded import config as configs
+    from xded.models.recogniser import load_recogniser
+    from xded.teachers.adapt import load_or_train_tokenizer
+
+    if tree.tokenizer.path is None and tree.train.init is not None:
+        return load_recogniser(tree.train.init).tokenizer
+    if tree.tokenizer.path is None and tree.targets is not None and (tree.targets / TOKENIZER).is_file():
+        tree = configs.override(tree, {"tokenizer.path": tree.targets / TOKENIZER})
+    if not any(out.glob("*.pt")):
+        (out / TOKENIZER).unlink(missing_ok=True)  # left by a run that was refused
+    return load_or_train_tokenizer(corpus, parts, tree, out / TOKENIZER)
+
+
+def run(tree: Config, out: Path | None, resume: bool, quiet: bool) -> None:
     """Splits, finds the tokenizer, trains."""
     from xded.corpus.folds import make_fold
     from xded.corpus.manifest import read_corpus
     from xded.errors import ConfigError
-    from xded.models.recogniser import resolve
-    from xded.teachers.adapt import load_or_train_tokenizer, parts_of
+    from xded.teachers.adapt import parts_of
     from xded.training.run import Job, fit
 
     if out is None:
@@ -100,12 +121,7 @@ def run(tree: Any, out: Path | None, resume: bool, quiet: bool) -> None:
     corpus = read_corpus(need_corpus(tree))
     fold = make_fold(corpus, tree.fold)
     parts = parts_of(corpus, fold, tree)
-    if tree.train.init is not None and tree.tokenizer.path is None:
-        from xded.models.recogniser import load_recogniser
-
-        tokenizer = load_recogniser(resolve(tree.train.init)).tokenizer
-    else:
-        tokenizer = load_or_train_tokenizer(corpus, parts, tree, out / "tokenizer.model")
+    tokenizer = _tokenizer(corpus, parts, tree, out)
     name = "student" if tree.objective.ctc_kd or tree.objective.decoder_kd else "supervised"
     job = Job(name, tree, parts.train, parts.validation, fold, frozenset(r.take for r in parts.test), tokenizer, out)
     best = fit(job, resume=resume, quiet=quiet)

@@ -11,18 +11,19 @@ from typing import Annotated
 
 import typer
 
+from xded.cli.options import decode_settings
 from xded.errors import EXIT_FINDINGS
 
 
 def transcribe(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint or run folder.", show_default=False)],
     audio: Annotated[list[Path], typer.Argument(help="WAV or FLAC files.", show_default=False)],
-    decode: Annotated[str | None, typer.Option("--decode", help="ctc or decoder.")] = None,
+    decode: Annotated[str | None, typer.Option("--decode", metavar="HEAD", help="ctc or decoder.")] = None,
     beam: Annotated[int | None, typer.Option(help="Beam width.")] = None,
     word_list: Annotated[
         Path | None, typer.Option(help="Text file, a word or phrase a line: only these can come out.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, mps.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:
     """One line a file: path, tab, text. A file that cannot be read costs its line, not the others (exit code 3)."""
@@ -32,9 +33,10 @@ def transcribe(
 
     recogniser = load_recogniser(checkpoint, device=str(pick_device(device)))
     changes = {"mode": decode, "beam": beam, "word_list": word_list is not None or None}
-    data = {**recogniser.config.decode.model_dump(), **{k: v for k, v in changes.items() if v is not None}}
-    settings = type(recogniser.config.decode).model_validate(data)
-    words = [line.strip() for line in word_list.read_text("utf-8").splitlines() if line.strip()] if word_list else None
+    settings = decode_settings(recogniser.config, changes)
+    words = None if word_list is None else _words(word_list)
+    if words is not None:
+        recogniser.tokenizer.self_test(words)
     failed = False
     for path in audio:
         row: dict[str, object] = {"audio_filepath": str(path)}
@@ -50,3 +52,16 @@ def transcribe(
             typer.echo(f"{path}\t{row.get('text', '')}" if "error" not in row else f"{path}\t(error) {row['error']}")
     if failed:
         raise typer.Exit(EXIT_FINDINGS)
+
+
+def _words(path: Path) -> list[str]:
+    """The words of a text file, one a line."""
+    from xded.errors import ConfigError
+
+    try:
+        words = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--word-list {path} cannot be read: {error}.", "Give a text file, a word a line.") from error
+    if not words:
+        raise ConfigError(f"--word-list {path} holds no words.", "Write a word or phrase on each line.")
+    return words

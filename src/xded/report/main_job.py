@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from xded.report.tables import Table
+from xded.report.tables import Table, cell
 from xded.scoring import Comparison, Estimate, Prediction, Scores, compare, score
 
-BEST_TEACHER = "best teacher (chosen after the fact, for each speaker)"
+BEST_TEACHER = "best teacher"
 VOTE = "vote of the teachers"
-ORACLE = "any teacher right (oracle)"
+ORACLE = "any-teacher oracle"
 CHANCE = "chance"
 SIGNIFICANT = 0.05
 
@@ -54,12 +54,13 @@ def main_table(scores: Mapping[str, Mapping[str, Scores]], words: int, title: st
         tested = (
             f"{summary.overall.takes} x {len(summary.seeds)}" if len(summary.seeds) > 1 else str(summary.overall.takes)
         )
-        rows.append((system, *(str(by_decode[d].overall.wra_percent) for d in decodes), tested))
+        rows.append((system, *(cell(by_decode[d].overall.wra_percent) for d in decodes), tested))
     open_scores = next(iter(scores.values()))[decodes[0]]
     caption = (
         "WRA in per cent with 95 % bootstrap intervals over takes (x seeds). Speakers unseen, words seen. "
         f"open: CTC greedy, any text can come out; word list: the best of {words} words by both heads. "
-        f"Normaliser {open_scores.conditions['normaliser']}. Each teacher is tested on the speakers of the other folds."
+        f"Normaliser {open_scores.conditions['normaliser']}. Each teacher is tested on the folds that hold out others; "
+        "the best one is chosen after the fact, for each speaker; the oracle counts a take that any of them got right."
     )
     return Table(title, ("system", *decodes, "takes"), tuple(rows), caption)
 
@@ -72,20 +73,24 @@ def band_table(scores: Mapping[str, Mapping[str, Scores]], decode: str) -> Table
     rows = []
     for system in in_order(list(scores)):
         by_band = scores[system][decode].by_band
-        rows.append((system, *(str(by_band[b].wra_percent) if b in by_band else "-" for b in bands)))
+        rows.append((system, *(cell(by_band[b].wra_percent) if b in by_band else "-" for b in bands)))
     return Table(f"By intelligibility band ({decode})", ("system", *bands), tuple(rows))
 
 
 def sentence(comparison: Comparison, student: str, other: str) -> str:
-    """What a paired comparison says."""
+    """What a paired comparison says; the interval is that of the difference, seen from whoever is ahead."""
     points: Estimate = comparison.difference_points
-    numbers = f"{abs(points.value):.1f} points [{points}], p = {comparison.p_value:.3f}, {comparison.takes} takes"
-    numbers = numbers.replace(f"[{points}]", f"(difference {points})")
-    if comparison.p_value < SIGNIFICANT and points.value > 0:
-        return f"{student} beats {other} by {numbers}."
-    if comparison.p_value < SIGNIFICANT:
-        return f"{student} LOSES to {other} by {numbers}."
-    return f"{student} and {other} cannot be told apart: {numbers}."
+    p = "p < 0.001" if comparison.p_value < 0.001 else f"p = {comparison.p_value:.3f}"
+    apart = comparison.p_value < SIGNIFICANT
+    sign = -1.0 if apart and points.value < 0 else 1.0
+    between = ""
+    if points.low is not None and points.high is not None:
+        low, high = sorted((sign * points.low, sign * points.high))
+        between = f" [{low:.1f} to {high:.1f}]"
+    numbers = f"{sign * points.value:.1f} points{between}, {p}, {comparison.takes} takes"
+    if not apart:
+        return f"{student} and {other} cannot be told apart: {numbers}."
+    return f"{student} {'beats' if sign > 0 else 'LOSES to'} {other} by {numbers}."
 
 
 def in_words(scores: Mapping[str, Mapping[str, Scores]]) -> list[str]:

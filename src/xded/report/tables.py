@@ -13,6 +13,9 @@ from xded.scoring import Estimate, Prediction, Scores, Summary
 from xded.teachers.crosstest import matrix, oracle, vote, wra
 
 
+NARROWEST_NAME = 11  # characters; with it 15 speakers fit into 80 columns
+
+
 @dataclass(frozen=True)
 class Table:
     """Columns and rows of text; the first column names the row. `caption` says what the numbers mean."""
@@ -24,11 +27,16 @@ class Table:
 
     def rich(self) -> RichTable:
         """For the terminal."""
-        table = RichTable(title=self.title, caption=self.caption or None, title_justify="left", caption_justify="left")
-        for number, column in enumerate(self.columns):
-            table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+        table = RichTable(
+            title=Text(self.title), caption=Text(self.caption) if self.caption else None, box=SIMPLE_HEAD,
+            title_justify="left", caption_justify="left", padding=0, show_edge=False,
+        )  # fmt: skip
+        first, *others = map(Text, self.columns)
+        table.add_column(first, min_width=NARROWEST_NAME)
+        for column in others:  # where it is narrow, only the names are wrapped
+            table.add_column(column, justify="right", no_wrap=True)
         for row in self.rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         return table
 
     def markdown(self) -> str:
@@ -37,6 +45,12 @@ class Table:
         lines.append("| --- |" + " ---: |" * (len(self.columns) - 1))
         lines += ["| " + " | ".join(row) + " |" for row in self.rows]
         return "\n".join(lines + (["", self.caption] if self.caption else [])) + "\n"
+
+
+def cell(percent: Estimate) -> str:
+    """A percentage and its interval, short enough for four bands in 80 columns: 62.5 [54-71]."""
+    between = "" if percent.low is None else f" [{percent.low:.0f}-{percent.high:.0f}]"
+    return f"{percent.value:.1f}{between}"
 
 
 def crosstest_values(
@@ -59,10 +73,11 @@ def crosstest_table(values: Mapping[str, Mapping[str, Mapping[str, float | None]
         columns.append("held out")
     rows = []
     for name, row in values.items():
-        cells = (f"{row[c]['value']:.0f}" + ("*" if c == name else "") if c in row else "-" for c in columns)
+        cells = (f"{row[c]['value']:.0f}" if c in row else "-" for c in columns)
         rows.append((name, *cells))
     caption = (
-        "WRA in per cent on takes that nobody was trained on; * the teacher's own speaker. Intervals: crosstest.json."
+        "WRA in per cent on takes that nobody was trained on; on the diagonal the teacher's own speaker. Intervals: "
+        "crosstest.json."
     )
     return Table("Cross-test: teacher (row) on speaker (column)", ("teacher", *columns), tuple(rows), caption).rich()
 

@@ -7,6 +7,7 @@ arXiv:1904.08311).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 from xded.config import Config
 from xded.corpus.folds import Fold, Split, make_fold, split
 from xded.corpus.manifest import Corpus, Recording
-from xded.errors import CorpusError
+from xded.errors import CorpusError, TokenizerError
 from xded.parallel import run_all
 from xded.tokenizer import Tokenizer
 from xded.training.run import Job, fit, is_finished
@@ -50,16 +51,30 @@ def parent_recordings(corpus: Corpus, parts: Split, which: str) -> tuple[tuple[R
 
 
 def load_or_train_tokenizer(corpus: Corpus, parts: Split, config: Config, path: Path) -> Tokenizer:
-    """The tokenizer at `path`; else the config's; else one trained on the texts of the training recordings."""
+    """The tokenizer at `path`; else the config's; else one trained on the texts of the training recordings.
+
+    Raises:
+        TokenizerError: the config names another one than lies at `path`, or it cannot write a text (then none is kept).
+    """
+    texts = {r.text for r in corpus.recordings if r.speaker not in config.fold.exclude}
+    named = config.tokenizer.path
+    given = None if named is None else Tokenizer.load(named, config.tokenizer.normaliser)
     if path.is_file():
-        return Tokenizer.load(path, config.tokenizer.normaliser)
-    if config.tokenizer.path is not None:
-        tokenizer = Tokenizer.load(config.tokenizer.path, config.tokenizer.normaliser)
+        kept = Tokenizer.load(path, config.tokenizer.normaliser)
+        if given is not None and given.fingerprint != kept.fingerprint:
+            raise TokenizerError(f"{path} is another tokenizer than {named}.", "Choose another --out.")
+        kept.self_test(texts)
+        return kept
+    if given is not None:
+        tokenizer = given
     else:
-        texts = sorted({recording.text for recording in parts.train})
         tokenizer = Tokenizer.train(
-            texts, config.tokenizer.kind, config.tokenizer.vocabulary, config.tokenizer.normaliser
+            {recording.text for recording in parts.train},
+            config.tokenizer.kind,
+            config.tokenizer.vocabulary,
+            config.tokenizer.normaliser,
         )
+    tokenizer.self_test(texts)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(tokenizer.model_bytes)
@@ -131,7 +146,6 @@ def teach(
     teachers = Teachers(out)
     train, validation = parent_recordings(corpus, parts, config.teach.parent_on)
     tokenizer = load_or_train_tokenizer(corpus, parts, config, teachers.tokenizer)
-    tokenizer.self_test(corpus.texts)
     test_takes = frozenset(r.take for r in parts.test)
     supervised = config.objective.model_copy(update={"ctc_kd": 0.0, "decoder_kd": 0.0})
     base = config.model_copy(update={"objective": supervised, "targets": None})
@@ -157,6 +171,15 @@ def teach(
                 teachers.teacher(speaker),
             )
         )
-    run_all(_fit, todo, jobs)
+    for job in todo:
+        if is_finished(job.out):
+            _fit(job)  # returns at once, or refuses another config: no need for another process
+    rest = [job for job in todo if not is_finished(job.out)]
+
+    def say(count: int) -> None:
+        if not quiet:
+            print(f"{count} of {len(rest)} teachers done", file=sys.stderr, flush=True)
+
+    run_all(_fit, rest, jobs, say)
     write_atomically(out / "fold.txt", ", ".join(fold.held_out) + "\n")
     return teachers

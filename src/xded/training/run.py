@@ -228,7 +228,9 @@ def preflight(
                 f"The targets in {job.config.targets} cover none of the {len(job.train)} training recordings.",
                 "Make them anew from this corpus and fold: 'xded targets'.",
             )
+        index = next(iter(stores.values())).index
         job.facts["targets"] = f"{job.config.targets}, {len(kept)} of {len(job.train)} training recordings covered"
+        job.facts["teachers"] = f"{', '.join(index.teachers)} ({index.effective_teachers:.1f} effective)"
         job.train = kept
     if job.config.objective.ctc:
         check_spelling(job, student)
@@ -267,7 +269,7 @@ def check_spelling(job: Job, student: Student) -> None:
             + "; ".join(problems[:FRAMES_SHOWN])
             + (" ..." if len(problems) > FRAMES_SHOWN else "")
             + ".",
-            "Leave them out of the manifest, use a tokenizer with longer pieces (--tokenizer-kind bpe), "
+            "Leave them out of the manifest, use a tokenizer with longer pieces (--set tokenizer.kind=bpe), "
             "or train without CTC (--ctc 0)" + (", or without augment.tempo." if job.config.augment.tempo else "."),
         )
 

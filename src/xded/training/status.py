@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import sys
 import time
 from datetime import UTC, datetime, timedelta
@@ -42,7 +43,8 @@ def read_status(run: Path) -> dict[str, Any]:
         {"name": file.name, "bytes": file.stat().st_size, "whole": file.with_name(file.name + ".sha256").is_file()}
         for file in sorted(run.glob("*.pt"))
     ]
-    if status["state"] == "running" and not _alive(status.get("pid")):
+    here = status.get("host") == platform.node()  # elsewhere a process cannot be looked up
+    if status["state"] == "running" and here and not _alive(status.get("pid")):
         status["state"] = "killed"
         status["next"] = "go on with --resume"
     return status
@@ -73,7 +75,7 @@ def progress_line(row: dict[str, Any], speed: float, left_s: float) -> str:
     share = 100.0 * row["update"] / row["updates"]
     return (
         f"epoch {row['epoch']}/{row['epochs']} {share:5.1f}% loss {row['loss']:.3f} ({parts}) "
-        f"frames {row['frames']:.2f} lr {row['lr']:.2e} {speed:.1f} steps/s left {clock(left_s)}"
+        f"valid frames {row['frames']:.2f} lr {row['lr']:.2e} {speed:.1f} steps/s left {clock(left_s)}"
     )
 
 
@@ -136,7 +138,13 @@ class RunLog:
 
     def __init__(self, out: Path, facts: dict[str, Any], parameters: dict[str, int], *, quiet: bool = False) -> None:
         self.out, self.parameters, self.quiet = out, parameters, quiet
-        self.status: dict[str, Any] = {"state": "running", "pid": os.getpid(), "started": now(), **facts}
+        self.status: dict[str, Any] = {
+            "state": "running",
+            "pid": os.getpid(),
+            "host": platform.node(),
+            "started": now(),
+            **facts,
+        }
         self.begun, self.first_update = time.monotonic(), None
         self.last_line = self.last_status = 0.0
         self.log = (out / "train.log").open("a", encoding="utf-8", buffering=1)

@@ -1,0 +1,46 @@
+"""Work in other processes: order, threads, errors."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from xded.errors import LeakageError, TrainingError
+from xded.parallel import default_jobs, run_all
+
+
+def described(number: int) -> tuple[int, int]:
+    import torch
+
+    return number, torch.get_num_threads()
+
+
+def refuse_odd(path: Path) -> None:
+    if int(path.name) % 2:
+        raise LeakageError(f"{path.name} is odd.", "Give an even one.")
+    path.write_text("done")
+
+
+def die(path: Path) -> None:
+    os._exit(9)
+
+
+def test_one_job_stays_in_this_process() -> None:
+    seen: list[int] = []
+    run_all(seen.append, [3, 1, 2], jobs=1)
+    assert seen == [3, 1, 2]
+    assert run_all(abs, [], jobs=4) == []
+    assert default_jobs() >= 1
+
+
+@pytest.mark.slow
+def test_other_processes_hand_errors_back_whole_keep_order_and_use_one_thread(tmp_path: Path) -> None:
+    with pytest.raises(LeakageError, match=r"1 is odd\. Give an even one\.") as error:
+        run_all(refuse_odd, [tmp_path / "0", tmp_path / "1"], jobs=2)
+    assert error.value.remedy == "Give an even one."
+    assert (tmp_path / "0").read_text() == "done"  # finished pieces are not lost
+    assert run_all(described, [3, 1, 2], jobs=2) == [(3, 1), (1, 1), (2, 1)]  # an error does not end what follows
+    with pytest.raises(TrainingError, match="worker processes was killed"):
+        run_all(die, [tmp_path, tmp_path], jobs=2)
