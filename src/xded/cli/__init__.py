@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NoReturn
 
 import typer
@@ -80,10 +81,19 @@ def main() -> None:
         if error.errno not in REFUSALS:
             raise
         problem, remedy = REFUSALS[error.errno]
-        path = f"{error.filename}: " if error.filename else ""
-        _stop(f"{path}{problem}. {remedy} and give the same command again: what is finished is kept.", EXIT_FAILURE)
+        place = error.filename or _output() or "the output"
+        _stop(f"{place}: {problem}. {remedy} and give the same command again: what is finished is kept.", EXIT_FAILURE)
     except KeyboardInterrupt:
         _stop("interrupted. Give the same command again to go on: what is finished is kept.", EXIT_INTERRUPTED)
+
+
+def _output() -> str | None:
+    """What --out or --output names: the system does not say which file a write that failed was for."""
+    for word, following in pairwise([*sys.argv, ""]):
+        flag, _, value = word.partition("=")
+        if flag in ("--out", "--output"):
+            return value or following
+    return None
 
 
 def _stop(paragraph: str, exit_code: int) -> NoReturn:

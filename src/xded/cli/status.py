@@ -16,7 +16,7 @@ def status(
     run: Annotated[Path, typer.Argument(help="Run folder, or a folder of runs (teach, demo).", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """State, data, teachers, parameters, stages, progress, expected finish, checkpoints; of several runs a line each."""
+    """State, data, teachers, parameters, stages, progress, expected finish, checkpoints; a line for each of several."""
     from xded.training.status import read_status, render
 
     runs = sorted(path.parent for path in run.rglob("status.json"))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -25,19 +26,16 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     caption: str = ""
 
-    def rich(self) -> RichTable:
-        """For the terminal."""
-        table = RichTable(
-            title=Text(self.title), caption=Text(self.caption) if self.caption else None, box=SIMPLE_HEAD,
-            title_justify="left", caption_justify="left", padding=0, show_edge=False,
-        )  # fmt: skip
+    def rich(self) -> Group:
+        """For the terminal; where it is narrow, only the names are wrapped."""
+        table = RichTable(box=SIMPLE_HEAD, padding=0, show_edge=False)
         first, *others = map(Text, self.columns)
         table.add_column(first, min_width=NARROWEST_NAME)
-        for column in others:  # where it is narrow, only the names are wrapped
+        for column in others:
             table.add_column(column, justify="right", no_wrap=True)
         for row in self.rows:
             table.add_row(*map(Text, row))
-        return table
+        return Group(Text(self.title, style="italic"), table, Text(self.caption, style="dim"))
 
     def markdown(self) -> str:
         """For reports."""
@@ -66,7 +64,7 @@ def crosstest_values(
     return {name: {column: asdict(value) for column, value in row.items()} for name, row in rows.items()}
 
 
-def crosstest_table(values: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> RichTable:
+def crosstest_table(values: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> Group:
     """The cross-test matrix: teachers in rows, speakers in columns."""
     columns = sorted({column for row in values.values() for column in row if column != "held out"})
     if any("held out" in row for row in values.values()):
