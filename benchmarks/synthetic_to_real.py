@@ -49,7 +49,7 @@ def main() -> None:
     words = sorted({r.text for r in test})
     by_decoding: dict[str, list[list[Prediction]]] = {"word list": [], "open, CTC greedy": []}
     for seed in SEEDS:
-        recogniser = digit_recogniser(WORK / "digits" / str(seed), test, voices=60, updates=700, seed=seed)
+        recogniser = digit_recogniser(WORK / "digits" / str(seed), test, voices=60, updates=450, seed=seed)
         by_decoding["word list"].append(predictions_of(recogniser, test, words, seed=seed))
         by_decoding["open, CTC greedy"].append(predictions_of(recogniser, test, seed=seed))
     print(head("real digits by a recogniser that has heard synthetic voices only", "synthetic_to_real"))

@@ -23,7 +23,7 @@ from xded.config import Config, load, to_yaml
 ROOT = Path(__file__).resolve().parents[1]
 VERBS = ("demo", "corpus", "teach", "targets", "train", "evaluate", "transcribe", "status")
 OF_OTHER_TOOLS = {"--unk_id", "--bos_id", "--eos_id"}  # of SentencePiece
-HEAVY = {"torch", "lightning", "numpy", "scipy", "soundfile", "sentencepiece", "pydantic", "rich.table"}
+HEAVY = {"torch", "lightning", "numpy", "scipy", "soundfile", "sentencepiece", "rich.table"}
 
 
 def command_of(words: list[str]) -> Any:
@@ -69,7 +69,7 @@ def test_help_imports_nothing_heavy() -> None:
         "for words in ([], *([verb] for verb in sys.argv[2].split())):\n"
         "    try: app([*words, '--help'])\n"
         "    except SystemExit as stop: assert not stop.code\n"
-        "sys.exit(' '.join(set(sys.argv[1].split()) & set(sys.modules)))"
+        "print(*set(sys.argv[1].split()) & set(sys.modules), file=sys.stderr, end='')"
     )
     ran = subprocess.run(
         [sys.executable, "-c", code, " ".join(HEAVY), " ".join(VERBS)], capture_output=True, text=True, check=False
@@ -130,7 +130,7 @@ def test_config_can_be_listed_shown_and_read_back(tmp_path: Path) -> None:
     config = load(tmp_path / "config.yaml")
     assert (config.objective.ctc_kd, config.train.batch_size, config.train.stages[-1].epochs) == (1.0, 3, 2)
     again = done("train", "--show-config", "--config", tmp_path / "config.yaml", "--batch-size", 4).out
-    assert again == shown.replace("batch_size: 3", "batch_size: 4")  # a flag wins over the file
+    assert again == shown.replace("batch_size: 3\n", "batch_size: 4\n")  # a flag wins over the file
     assert to_yaml(Config()) == done("train", "--show-config").out
 
 
