@@ -74,7 +74,9 @@ def test_run_folder_holds_what_a_person_looks_for(work: Path) -> None:
 
 def test_targets_say_how_much_they_cover(work: Path) -> None:
     made = json.loads(
-        done("targets", *of_fold(work), "--teachers", work / "teachers", "--out", work / "targets", "--jobs", 1, "--json").out
+        done(
+            "targets", *of_fold(work), "--teachers", work / "teachers", "--out", work / "targets", "--jobs", 1, "--json"
+        ).out
     )
     assert [made[kind]["teachers"] for kind in ("ctc", "decoder")] == [["T02", "T03"]] * 2
     assert made["ctc"]["recordings"] == made["ctc"]["of"] == 21  # 24 takes but for 3 of validation

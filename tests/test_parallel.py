@@ -44,3 +44,30 @@ def test_other_processes_hand_errors_back_whole_keep_order_and_use_one_thread(tm
     assert run_all(described, [3, 1, 2], jobs=2) == [(3, 1), (1, 1), (2, 1)]  # an error does not end what follows
     with pytest.raises(TrainingError, match="worker processes was killed"):
         run_all(die, [tmp_path, tmp_path], jobs=2)
+
+
+def kill_itself(number: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_said_in_words() -> None:
+    with pytest.raises(TrainingError, match="worker processes was killed.* with fewer --jobs"):
+        run_all(kill_itself, [1, 2], jobs=2)
+
+
+@pytest.mark.slow
+def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    script = tmp_path / "sleepers.py"
+    script.write_text(
+        "import sys, time\nfrom pathlib import Path\nfrom xded.parallel import run_all\n"
+        "def sleep(path):\n    Path(path).touch()\n    time.sleep(600)\n"
+        "if __name__ == '__main__':\n    run_all(sleep, sys.argv[1:], 2)\n"
+    )
+    begun = [tmp_path / "a", tmp_path / "b"]
+    process = subprocess.Popen([sys.executable, script, *begun], stdout=subprocess.PIPE)
+    while not all(path.exists() for path in begun):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.communicate(timeout=60)  # the pipe closes when the last process that holds it has ended

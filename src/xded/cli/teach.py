@@ -50,17 +50,13 @@ def teach(
         "seed": seed,
     }  # fmt: skip
     tree = resolved(configured(config, changes, settings))
-    from xded.corpus.folds import make_fold
     from xded.corpus.manifest import read_corpus
     from xded.report.tables import crosstest_table, crosstest_values
     from xded.teachers.adapt import teach as train_teachers
-    from xded.teachers.adapt import teacher_speakers
     from xded.teachers.crosstest import crosstest
     from xded.training.status import write_atomically
 
     loaded = read_corpus(need_corpus(tree))
-    wanted = teacher_speakers(loaded, make_fold(loaded, tree.fold))
-    typer.echo(f"Parent, then one teacher for each of {len(wanted)} speakers: {', '.join(wanted)}", err=True)
     teachers = train_teachers(loaded, tree, out, jobs=cores(jobs))
     said = crosstest(loaded, teachers, tree, jobs=cores(jobs))
     values = crosstest_values(said, tree.tokenizer.normaliser, tree.fold.held_out)

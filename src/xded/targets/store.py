@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from xded.corpus.folds import Provenance
 from xded.corpus.manifest import Recording
@@ -120,7 +120,8 @@ class StoreWriter:
             "rest": np.concatenate([p.rest for p in self._pending]).astype(np.float16),
             "least_blank": np.concatenate([p.least_blank for p in self._pending]).astype(np.float16),
         }
-        save_file(shard, self.folder / f"shard_{self._shards:03d}.safetensors")
+        # as bytes: a full disk is then an OSError, which safetensors' own writing hides
+        (self.folder / f"shard_{self._shards:03d}.safetensors").write_bytes(save(shard))
         self._pending = []
         self._shards += 1
 

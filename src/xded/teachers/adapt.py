@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from xded.config import Config
@@ -150,27 +150,23 @@ def teach(
     supervised = config.objective.model_copy(update={"ctc_kd": 0.0, "decoder_kd": 0.0})
     base = config.model_copy(update={"objective": supervised, "targets": None})
     parent = base.model_copy(update={"train": config.teach.parent})
-    fit(
-        Job("parent", parent, train, validation, fold, test_takes, tokenizer, teachers.parent), resume=True, quiet=quiet
-    )
+    if not quiet:
+        print(f"Parent, then one teacher for each of {len(wanted)} speakers: {', '.join(wanted)}", file=sys.stderr)
+    own = Job("parent", parent, train, validation, fold, test_takes, tokenizer, teachers.parent)
+    fit(own, resume=True, quiet=quiet)
     adapted = config.teach.teacher.model_copy(update={"init": teachers.parent / "best.pt"})
-    teacher = base.model_copy(update={"train": adapted})
-    todo = []
-    for speaker in wanted:
-        own_train = tuple(r for r in parts.train if r.speaker == speaker)
-        own_validation = tuple(r for r in parts.validation if r.speaker == speaker)
-        todo.append(
-            Job(
-                f"teacher {speaker}",
-                teacher,
-                own_train,
-                own_validation,
-                fold,
-                test_takes,
-                tokenizer,
-                teachers.teacher(speaker),
-            )
+    todo = [
+        replace(
+            own,
+            name=f"teacher {speaker}",
+            config=base.model_copy(update={"train": adapted}),
+            train=tuple(r for r in parts.train if r.speaker == speaker),
+            validation=tuple(r for r in parts.validation if r.speaker == speaker),
+            out=teachers.teacher(speaker),
+            facts={},
         )
+        for speaker in wanted
+    ]
     for job in todo:
         if is_finished(job.out):
             _fit(job)  # returns at once, or refuses another config: no need for another process

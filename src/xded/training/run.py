@@ -40,6 +40,7 @@ from xded.training.schedule import Schedule
 from xded.training.status import RunLog, read_status, write_atomically
 
 FRAMES_SHOWN = 5
+PATHS = {"corpus", "targets", "train.init", "tokenizer.path"}
 NOT_COMPARED = {"train.device", "train.threads"}  # a run may go on somewhere else
 
 
@@ -117,13 +118,20 @@ def fit(job: Job, *, resume: bool = False, quiet: bool = False) -> Path:
 def check_same_config(old: Mapping[str, Any], job: Job) -> None:
     """Raises unless a run folder's config is that of the job (the device and its threads may differ)."""
     before, now = flat(old), flat(job.config.model_dump(mode="json"))
-    changed = [key for key in now | before if before.get(key) != now.get(key) and key not in NOT_COMPARED]
+    changed = [key for key in now | before if key not in NOT_COMPARED and not _same(key, before.get(key), now.get(key))]
     if changed:
         listed = "; ".join(f"{key} was {before.get(key)}, now {now.get(key)}" for key in changed[:FRAMES_SHOWN])
         raise ConfigError(
             f"{job.out} was started with another config: {listed}{' ...' if len(changed) > FRAMES_SHOWN else ''}.",
             f"Use {job.out / 'config.yaml'}, or choose another --out.",
         )
+
+
+def _same(key: str, before: Any, now: Any) -> bool:
+    """Whether two values of a config are the same; a path may be written in two ways."""
+    return before == now or (
+        key in PATHS and None not in (before, now) and Path(before).resolve() == Path(now).resolve()
+    )
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
