@@ -283,6 +283,7 @@ def test_full_disk_is_said_and_costs_nothing_but_the_piece(here: Path, case: str
         folder = here / "spoken" / "t1"
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(here / "corpus" / f"t1_{'AB' if word == 'yes' else 'DA'}_0.wav", folder / f"{word}_1.wav")
+    (here / "spoken" / "t1" / "bad_1.wav").write_text("no audio")
     path = here / "out" / blocked
     path.parent.mkdir(parents=True)
     path.symlink_to(FULL)

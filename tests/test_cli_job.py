@@ -101,7 +101,7 @@ def test_evaluate_as_the_study_calls_it(work: Path) -> None:
     assert Scores.from_json(done(*words, "--json").out) == scores
     drawn = Scores.from_json(done(*words, "--samples", 3, "--json").out)
     assert drawn.overall.takes == 3
-    assert drawn.conditions["samples"] == "3 takes drawn at random"
+    assert drawn.conditions["samples"] == "at most 3 takes, drawn at random"
 
 
 def test_evaluate_on_a_gpu_that_is_not_there(work: Path) -> None:

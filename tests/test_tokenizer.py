@@ -156,9 +156,9 @@ def test_self_test_lists_ten_words_counts_the_rest_and_says_what_is_missing() ->
 
 def test_self_test_names_the_normaliser_that_would_do() -> None:
     tokenizer = Tokenizer.train(["xray", "go"], "char", 64, "upper")
-    with pytest.raises(TokenizerError, match="--set tokenizer.normaliser=upper_no_punctuation"):
+    with pytest.raises(TokenizerError, match=r"--set tokenizer\.normaliser=upper_no_punctuation"):
         tokenizer.self_test(["X-RAY", "GO"])
-    with pytest.raises(TokenizerError, match="--set tokenizer.normaliser=upper, "):
+    with pytest.raises(TokenizerError, match=r"--set tokenizer\.normaliser=upper, "):
         Tokenizer.from_bytes(tokenizer.model_bytes, "lower").self_test(["go"])
     with pytest.raises(TokenizerError) as caught:
         tokenizer.self_test(["zulu"])

@@ -25,19 +25,28 @@ def demo(
     fold_size: Annotated[int, typer.Option(metavar="N", min=1, help="Speakers held out together.")] = 2,
     seeds: Annotated[int, typer.Option(metavar="N", min=1, help="Students trained with so many seeds.")] = 2,
     updates: Annotated[int, typer.Option(metavar="N", min=1, help="Updates of every student.")] = 250,
+    attempt: Annotated[
+        list[str] | None,
+        typer.Option("--attempt", help="Only this student or baseline (repeat for more).", show_default=False),
+    ] = None,
     jobs: JobsOption = 0,
     settings: SetOption = None,
 ) -> None:
     """Parent, teachers, targets, students and baselines; every target speaker is held out once; then the table."""
     tree = resolved(configured(config or preset(), {"corpus": corpus}, settings))
     from xded.corpus.manifest import read_corpus
-    from xded.demo import Plan, run
+    from xded.demo import ATTEMPTS, Plan, run
+    from xded.errors import ConfigError
+
+    unknown = sorted(set(attempt or ()) - set(ATTEMPTS))
+    if unknown:
+        raise ConfigError(f"--attempt '{unknown[0]}' is none of the demo's.", f"Choose among: {'; '.join(ATTEMPTS)}.")
 
     if tree.corpus is None:
         typer.echo("making the embedded corpus ...")
     loaded = read_corpus(tree.corpus or embedded(out / "corpus"))
     tree = tree.model_copy(update={"corpus": loaded.path})
-    plan = Plan(fold_size=fold_size, seeds=seeds, updates=updates, jobs=cores(jobs))
+    plan = Plan(fold_size, seeds, updates, tuple(attempt or ATTEMPTS), cores(jobs))
     outcome = run(loaded, tree, plan, out, typer.echo)
     write_report(outcome, plan, loaded.texts, tree.tokenizer.normaliser, out)
 

@@ -5,6 +5,7 @@ Example: xded evaluate runs/M08/best.pt --held-out M08 --decode decoder --max-le
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from xded.cli.options import CorpusOption, decode_settings
 if TYPE_CHECKING:
     from xded.corpus.manifest import Corpus, Recording
     from xded.models.recogniser import Recogniser
+    from xded.scoring import Prediction, Scores
 
 
 def evaluate(
@@ -46,10 +48,9 @@ def evaluate(
     from xded.decoding import check_max_length
     from xded.models.recogniser import load_recogniser, pick_device, resolve
     from xded.report.tables import score_table
-    from xded.scoring import score, write_predictions
+    from xded.scoring import score
     from xded.training.data import TrainingData
     from xded.training.evaluation import conditions_of, recognise
-    from xded.training.status import write_atomically
 
     recogniser = load_recogniser(checkpoint, device=str(pick_device(device)))
     loaded, test = _test_recordings(recogniser, corpus, held_out, samples)
@@ -58,20 +59,17 @@ def evaluate(
     _check_tokenizer(recogniser, tokenizer, test)
     if settings.mode == "decoder" or settings.word_list:
         check_max_length([r.text for r in test], recogniser.tokenizer, settings.max_length)
-    data = TrainingData(test, recogniser.student.front_end.cpu(), recogniser.tokenizer)
+    data = TrainingData(test, recogniser.student.front_end, recogniser.tokenizer)
     words = loaded.texts if settings.word_list else None
     predictions = recognise(recogniser.student, data, settings, word_list=words, seed=recogniser.config.seed)
     conditions = conditions_of(recogniser, loaded, test, settings)
     if samples:
-        conditions["samples"] = f"{samples} takes drawn at random"
+        conditions["samples"] = f"at most {samples} takes, drawn at random"
     scores = score(
         predictions, normaliser=recogniser.tokenizer.normaliser, word_list=loaded.texts, conditions=conditions
     )
     output = output or resolve(checkpoint).parent / "scores.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    kept = output.with_name("predictions.jsonl" if output.name == "scores.json" else f"{output.stem}.predictions.jsonl")
-    write_predictions(kept, predictions)
-    write_atomically(output, scores.to_json())
+    kept = _keep(scores, predictions, output)
     _warn_of_heard(recogniser, test)
     if as_json:
         typer.echo(scores.to_json())
@@ -81,6 +79,18 @@ def evaluate(
     console = Console()
     console.print(score_table(scores))
     console.print(f"{output}\n{kept}", highlight=False, soft_wrap=True)
+
+
+def _keep(scores: Scores, predictions: Sequence[Prediction], output: Path) -> Path:
+    """Writes scores to `output` and predictions beside it; returns where the predictions are."""
+    from xded.scoring import write_predictions
+    from xded.training.status import write_atomically
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    kept = output.with_name("predictions.jsonl" if output.name == "scores.json" else f"{output.stem}.predictions.jsonl")
+    write_predictions(kept, predictions)
+    write_atomically(output, scores.to_json())
+    return kept
 
 
 def _warn_of_heard(recogniser: Recogniser, test: list[Recording]) -> None:

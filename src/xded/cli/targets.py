@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from shutil import copyfile
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,6 +26,9 @@ from xded.cli.options import (
     need_corpus,
     resolved,
 )
+
+if TYPE_CHECKING:
+    from xded.targets.store import Index
 
 
 def targets(
@@ -74,16 +77,7 @@ def targets(
     folder = Teachers(teachers)
     made = make_targets(loaded, folder, fold, parts.train, tree, out, jobs=cores(jobs))
     copyfile(folder.tokenizer, out / TOKENIZER)  # a student of these targets needs it
-    summary: dict[str, dict[str, Any]] = {
-        kind: {
-            "recordings": len(index.recordings),
-            "of": len(parts.train),
-            "teachers": list(index.teachers),
-            "effective_teachers": round(index.effective_teachers, 2),
-            "megabytes": round(sum(f.stat().st_size for f in (out / kind).iterdir()) / 2**20, 2),
-        }
-        for kind, index in made.items()
-    }
+    summary = {kind: _summary(index, out / kind, len(parts.train)) for kind, index in made.items()}
     if as_json:
         typer.echo(json.dumps(summary, indent=1))
         return
@@ -92,3 +86,13 @@ def targets(
             f"{kind}: {row['recordings']} of {row['of']} training recordings, {len(row['teachers'])} teachers "
             f"({row['effective_teachers']} effective), {row['megabytes']} MB in {out / kind}"
         )
+
+
+def _summary(index: Index, folder: Path, recordings: int) -> dict[str, Any]:
+    return {
+        "recordings": len(index.recordings),
+        "of": recordings,
+        "teachers": list(index.teachers),
+        "effective_teachers": round(index.effective_teachers, 2),
+        "megabytes": round(sum(file.stat().st_size for file in folder.iterdir()) / 2**20, 2),
+    }

@@ -13,7 +13,6 @@ from rich.text import Text
 from xded.scoring import Estimate, Prediction, Scores, Summary
 from xded.teachers.crosstest import matrix, oracle, vote, wra
 
-
 NARROWEST_NAME = 11  # characters; with it 15 speakers fit into 80 columns
 
 

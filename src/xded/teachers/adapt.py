@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from xded.config import Config
+from xded.config import Config, TargetConfig
 from xded.corpus.folds import Fold, Split, make_fold, split
 from xded.corpus.manifest import Corpus, Recording
 from xded.errors import CorpusError, TokenizerError
@@ -148,7 +148,8 @@ def teach(
     tokenizer = load_or_train_tokenizer(corpus, parts, config, teachers.tokenizer)
     test_takes = frozenset(r.take for r in parts.test)
     supervised = config.objective.model_copy(update={"ctc_kd": 0.0, "decoder_kd": 0.0})
-    base = config.model_copy(update={"objective": supervised, "targets": None})
+    # how targets will be made is no concern of the teachers: they are kept when only that changes
+    base = config.model_copy(update={"objective": supervised, "targets": None, "target": TargetConfig()})
     parent = base.model_copy(update={"train": config.teach.parent})
     if not quiet:
         print(f"Parent, then one teacher for each of {len(wanted)} speakers: {', '.join(wanted)}", file=sys.stderr)
