@@ -194,7 +194,8 @@ def test_a_run_that_is_told_to_stop_goes_on_with_resume(work: Path) -> None:
         process.kill()
     assert process.returncode == 130
     assert out == ""
-    assert re.search(r"xded: Stopped on request after update \d+\. Go on with --resume\.\n$", err)
+    last = err.splitlines()[-1]
+    assert re.fullmatch(r"xded: Stopped on request after update \d+\. Give the same command .* --resume .*", last)
     assert read_status(run)["state"] == "stopped"
     refused(call(*words), 2, f"{run} already holds a run.", "--resume")
     done("train", "--out", run, "--resume")  # the rest is in config.yaml

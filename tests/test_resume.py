@@ -287,7 +287,9 @@ def test_a_run_asked_to_stop_finishes_the_update_saves_and_goes_on(
     job = job_for(corpus, tmp_path / "run", train={**settings_of(name, parent), "save_every_steps": 100})
     with monkeypatch.context() as patch:
         patch.setattr(Loop, "training_step", training_step)
-        with pytest.raises(InterruptedRunError, match=r"Stopped on request after update \d+\. Go on with --resume\."):
+        with pytest.raises(
+            InterruptedRunError, match=r"Stopped on request after update \d+\. Give the same command again; .* --resume"
+        ):
             fit(job, quiet=True)
     assert InterruptedRunError.exit_code == EXIT_INTERRUPTED
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers

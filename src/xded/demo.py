@@ -98,14 +98,14 @@ def attempt_config(system: str, config: Config, parts: Split, plan: Plan, parent
     objective = config.objective
     if not system.startswith("student"):
         objective = objective.model_copy(update={"ctc_kd": 0.0, "decoder_kd": 0.0})
-    init = parent / "best.pt" if system.endswith("from the parent") else None
+    init = (parent / "best.pt").resolve() if system.endswith("from the parent") else None
     stages = tuple(s for s in config.train.stages if init is not None or not s.freeze_encoder)
     train = config.train.model_copy(update={"init": init, "stages": stages})
     scaled = stages_for(plan.updates, len(parts.train), config.model_copy(update={"train": train}))
     return config.model_copy(
         update={
             "objective": objective,
-            "targets": targets if system.startswith("student") else None,
+            "targets": targets.resolve() if system.startswith("student") else None,
             "train": train.model_copy(update={"stages": scaled}),
         }
     )

@@ -8,6 +8,8 @@ EXIT_USAGE = 2  # an argument, a config or an input file is wrong
 EXIT_FINDINGS = 3  # the command worked and found problems in what it looked at
 EXIT_INTERRUPTED = 130
 
+GO_ON = "Give the same command again; xded train needs --resume for that."
+
 
 class XdedError(Exception):
     """An error with a remedy. `exit_code` is what the command line returns for it.

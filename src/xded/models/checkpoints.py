@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import CheckpointIO
 
-from xded.errors import CheckpointError, TrainingError
+from xded.errors import GO_ON, CheckpointError, TrainingError
 
 PREFIX = "student."  # of the recogniser inside Lightning's state dict
-FREE_SPACE = "The last good checkpoint is untouched. Free some space and go on with --resume."
+FREE_SPACE = f"The last good checkpoint is untouched. Free some space, then: {GO_ON}"
 
 
 def sha256_of(path: Path) -> str:

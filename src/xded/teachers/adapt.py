@@ -155,7 +155,7 @@ def teach(
         print(f"Parent, then one teacher for each of {len(wanted)} speakers: {', '.join(wanted)}", file=sys.stderr)
     own = Job("parent", parent, train, validation, fold, test_takes, tokenizer, teachers.parent)
     fit(own, resume=True, quiet=quiet)
-    adapted = config.teach.teacher.model_copy(update={"init": teachers.parent / "best.pt"})
+    adapted = config.teach.teacher.model_copy(update={"init": (teachers.parent / "best.pt").resolve()})
     todo = [
         replace(
             own,

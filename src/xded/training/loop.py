@@ -20,7 +20,7 @@ from torch import Tensor
 
 from xded import objectives
 from xded.config import Config
-from xded.errors import EXIT_INTERRUPTED, TrainingError
+from xded.errors import EXIT_INTERRUPTED, GO_ON, TrainingError
 from xded.features import valid_mask
 from xded.models.student import Student
 from xded.tokenizer import Tokenizer
@@ -246,7 +246,7 @@ class Loop(L.LightningModule):
             self.save(self.out / "latest.pt", number)
             self.save_due, self.last_saved = False, update
         if updated and self.stop_requested.is_set() and number + 1 < self.total_batches:
-            raise InterruptedRunError(f"Stopped on request after update {update}.", "Go on with --resume.")
+            raise InterruptedRunError(f"Stopped on request after update {update}.", GO_ON)
 
     def update_of(self, number: int) -> int:
         """Update (from 1) that a batch belongs to; the last one may have fewer batches than the others."""

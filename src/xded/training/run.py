@@ -26,7 +26,7 @@ from xded.audio import read_audio
 from xded.config import Config, StageConfig
 from xded.corpus.folds import Fold, Provenance, guard
 from xded.corpus.manifest import Recording
-from xded.errors import CheckpointError, ConfigError, CorpusError, TrainingError
+from xded.errors import GO_ON, CheckpointError, ConfigError, CorpusError, TrainingError
 from xded.models.checkpoints import FREE_SPACE, AtomicCheckpointIO, disk_is_full, load, load_latest
 from xded.models.recogniser import describe, load_weights, pick_device, provenance_of, resolve
 from xded.models.student import Student
@@ -404,7 +404,7 @@ def train_to_end(trainer: L.Trainer, loop: Loop, loader: DataLoader, log: RunLog
 def understood(error: BaseException, out: Path) -> BaseException:
     """What Lightning or the system raised, as an error of this project where there is a remedy."""
     if isinstance(error, (KeyboardInterrupt, SystemExit)):  # Lightning turns Ctrl-C into SystemExit
-        return InterruptedRunError("Stopped at once; updates since the last save are lost.", "Go on with --resume.")
+        return InterruptedRunError("Stopped at once; updates since the last save are lost.", GO_ON)
     if disk_is_full(error):
         return TrainingError(f"The disk is full: nothing more can be written to {out}.", FREE_SPACE)
     return error

@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from xded.errors import XdedError
+from xded.errors import GO_ON, XdedError
 
 STATUS_EVERY_S = 5.0
 LINE_EVERY_S = 30.0
@@ -46,7 +46,7 @@ def read_status(run: Path) -> dict[str, Any]:
     here = status.get("host") == platform.node()  # elsewhere a process cannot be looked up
     if status["state"] == "running" and here and not _alive(status.get("pid")):
         status["state"] = "killed"
-        status["next"] = "go on with --resume"
+        status["next"] = GO_ON
     return status
 
 
