@@ -12,9 +12,10 @@ changes both, and puts them together again with a pulse-and-noise vocoder. What 
 
 This is a stand-in with a dial. It has not been validated against listeners or against recordings of people with
 dysarthria, and the simulator cannot replace one consonant by another, as people do (`synthesiser` can). `severity`
-was scaled so that a recogniser trained on healthy voices loses about the share of words that `severity` says; it is
-read as 1 - intelligibility, and the bands are cut at UASpeech's 25, 50 and 75 % intelligible words. Any severity
-above 0 passes through the vocoder, which alone changes a recording's sound a little.
+was scaled so that a recogniser trained on healthy voices loses roughly the share of words that `severity` says
+(docs/severity.md has the figures); it is read as 1 - intelligibility, and the bands are cut at UASpeech's 25, 50 and
+75 % intelligible words. Any severity above 0 passes through the vocoder, which alone changes a recording's sound a
+little.
 """
 
 from __future__ import annotations

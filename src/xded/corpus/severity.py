@@ -2,7 +2,8 @@
 
 Which signs there are, and which type has which, follows Darley, Aronson & Brown (1969). `severity` is read as
 1 - intelligibility: the simulator and the synthesiser are scaled so that a recogniser trained on healthy voices loses
-about that share of words. It is a dial, not validated against listeners.
+roughly that share of words (docs/severity.md: within 8 points up to 0.3, up to 18 more in the middle). It is a dial,
+not validated against listeners.
 """
 
 from __future__ import annotations
