@@ -230,3 +230,9 @@ def test_demo_from_end_to_end_and_again(work: Path) -> None:
     done(*words)
     after = contents(work / "demo")
     assert after | {"report.md": ""} == before | {"report.md": ""}  # the report says what the last call took
+    longer = ["--updates", 400, *words[words.index("--updates") + 2 :]]
+    other = call(*words[: words.index("--updates")], *longer)
+    assert other.code == 2
+    assert "was started with another config: train.stages was" in other.err
+    assert "choose another --out" in other.err
+    assert contents(work / "demo") == after  # numbers of other settings are neither shown nor touched

@@ -392,3 +392,10 @@ def test_every_teacher_is_tested_on_what_no_one_was_trained_on(
         assert {"t6", "t1"} <= {p.speaker for p in predictions}
         assert not {p.recording for p in predictions} & trained
         assert {p.speaker for p in predictions}.isdisjoint(CONTROLS)
+    kept = {path: path.stat().st_mtime_ns for path in (copied.folder / "crosstest").glob("*.jsonl")}
+    assert len(kept) == len(heard)
+    crosstest.crosstest(corpus, copied, config)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    decoder = config.decode.model_copy(update={"mode": "decoder"})
+    crosstest.crosstest(corpus, copied, config.model_copy(update={"decode": decoder}))
+    assert all(path.stat().st_mtime_ns > before for path, before in kept.items())  # decoded otherwise: asked anew

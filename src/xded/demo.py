@@ -20,7 +20,7 @@ from xded.parallel import run_all
 from xded.report.main_job import BEST_TEACHER, ORACLE, VOTE
 from xded.scoring import Prediction, read_predictions, write_predictions
 from xded.teachers.adapt import Teachers, parts_of, teach
-from xded.teachers.crosstest import best_by_speaker, oracle, test_recognisers, vote
+from xded.teachers.crosstest import ask_all, best_by_speaker, oracle, vote
 from xded.teachers.posteriors import make_targets
 from xded.tokenizer import Tokenizer
 from xded.training.data import TrainingData
@@ -112,11 +112,12 @@ def attempt_config(system: str, config: Config, parts: Split, plan: Plan, parent
 
 
 def run_attempt(attempt: Attempt) -> None:
-    """Trains and tests one attempt; what is finished is kept."""
+    """Trains and tests one attempt; what is finished is kept, and refused when it was made with other settings."""
     kept = {decode: attempt.job.out / f"predictions_{decode.replace(' ', '_')}.jsonl" for decode in DECODES}
+    best = fit(attempt.job, resume=True, quiet=True)
     if all(path.is_file() for path in kept.values()):
         return
-    recogniser = load_recogniser(fit(attempt.job, resume=True, quiet=True))
+    recogniser = load_recogniser(best)
     data = TrainingData(attempt.test, recogniser.student.front_end, recogniser.tokenizer)
     for decode, settings in DECODES.items():
         words = attempt.word_list if settings.word_list else None
@@ -182,7 +183,7 @@ def collect(
     }
     for decode, settings in DECODES.items():
         out = work.folder / "crosstest" / decode.replace(" ", "_")
-        said = test_recognisers(asked, work.parts.test, settings, corpus.texts, out, plan.jobs)
+        said = ask_all(asked, work.parts.test, settings, corpus.texts, out, plan.jobs)
         teachers = {name: predictions for name, predictions in said.items() if name != "parent"}
         said |= {
             BEST_TEACHER: best_by_speaker(teachers, config.tokenizer.normaliser),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,7 +38,9 @@ SetOption = Annotated[
 
 def cores(jobs: int) -> int:
     """`--jobs 0` as the number of cores."""
-    return jobs or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else jobs or os.cpu_count() or 1
+    from xded.parallel import default_jobs
+
+    return jobs or default_jobs()
 
 
 def configured(path: Path | None, changes: dict[str, Any], settings: list[str] | None = None) -> Config:

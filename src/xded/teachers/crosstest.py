@@ -16,6 +16,7 @@ from xded.scoring import Estimate, Prediction, is_right, read_predictions, score
 from xded.teachers.adapt import Teachers, parts_of
 from xded.training.data import TrainingData
 from xded.training.evaluation import recognise
+from xded.training.status import write_atomically
 
 Said = Mapping[str, Sequence[Prediction]]
 
@@ -29,7 +30,7 @@ def _test_one(job: tuple[Path, tuple[Recording, ...], DecodeConfig, tuple[str, .
     )
 
 
-def test_recognisers(
+def ask_all(
     checkpoints: Mapping[str, Path],
     recordings: Sequence[Recording],
     decode: DecodeConfig,
@@ -39,9 +40,14 @@ def test_recognisers(
 ) -> dict[str, list[Prediction]]:
     """Predictions of several recognisers on the same recordings, kept in OUT/<name>.jsonl.
 
-    A file is kept when it is newer than the checkpoint and covers exactly these recordings.
+    A file is kept when it is newer than the checkpoint, covers exactly these recordings and was decoded in this way.
     """
     out.mkdir(parents=True, exist_ok=True)
+    decoded, settings = out / "decode.json", decode.model_dump_json()
+    if not decoded.is_file() or decoded.read_text(encoding="utf-8") != settings:
+        for stale in out.glob("*.jsonl"):
+            stale.unlink()
+        write_atomically(decoded, settings)
     wanted = {recording.recording for recording in recordings}
     todo = []
     for name, checkpoint in checkpoints.items():
@@ -67,7 +73,7 @@ def crosstest(corpus: Corpus, teachers: Teachers, config: Config, *, jobs: int =
     parts = parts_of(corpus, make_fold(corpus, config.fold), config)
     unheard = [r for r in (*parts.test, *parts.validation) if r.role == "target"]
     checkpoints = {speaker: teachers.teacher(speaker) / "best.pt" for speaker in teachers.finished}
-    return test_recognisers(checkpoints, unheard, config.decode, corpus.texts, teachers.folder / "crosstest", jobs)
+    return ask_all(checkpoints, unheard, config.decode, corpus.texts, teachers.folder / "crosstest", jobs)
 
 
 def wra(predictions: Sequence[Prediction], normaliser: str, *, seed: int = 0, resamples: int = 2000) -> Estimate:
