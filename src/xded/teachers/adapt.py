@@ -45,7 +45,7 @@ def parent_recordings(corpus: Corpus, parts: Split, which: str) -> tuple[tuple[R
     if not train:
         raise CorpusError(
             f"{corpus.path} has no {' or '.join(sorted(roles))} speaker to train a parent on.",
-            "Train it on the fold's speakers: --parent-on fold.",
+            "Train it on the fold's speakers: --parent-on fold (xded demo: --set teach.parent_on=fold).",
         )
     return train, validation
 
