@@ -24,7 +24,7 @@ from xded.teachers.crosstest import ask_all, best_by_speaker, oracle, vote
 from xded.teachers.posteriors import make_targets
 from xded.tokenizer import Tokenizer
 from xded.training.data import TrainingData
-from xded.training.evaluation import recognise
+from xded.training.evaluation import recognise, share_seen
 from xded.training.run import Job, fit
 from xded.training.status import clock
 
@@ -65,6 +65,15 @@ class Attempt:
     job: Job
     test: tuple[Recording, ...]
     word_list: tuple[str, ...]
+
+    def predictions(self, decode: str) -> Path:
+        """Where its predictions of a decode mode are kept."""
+        return self.job.out / f"predictions_{file_name(decode)}.jsonl"
+
+
+def file_name(words: str) -> str:
+    """The name of a system or decode mode as part of a file name."""
+    return words.replace(", ", "_").replace(" ", "_")
 
 
 def folds_of(corpus: Corpus, size: int) -> list[tuple[str, ...]]:
@@ -113,7 +122,7 @@ def attempt_config(system: str, config: Config, parts: Split, plan: Plan, parent
 
 def run_attempt(attempt: Attempt) -> None:
     """Trains and tests one attempt; what is finished is kept, and refused when it was made with other settings."""
-    kept = {decode: attempt.job.out / f"predictions_{decode.replace(' ', '_')}.jsonl" for decode in DECODES}
+    kept = {decode: attempt.predictions(decode) for decode in DECODES}
     best = fit(attempt.job, resume=True, quiet=True)
     if all(path.is_file() for path in kept.values()):
         return
@@ -165,7 +174,7 @@ def attempts_of(corpus: Corpus, config: Config, plan: Plan, work: FoldWork) -> l
             parts = work.parts if controls else work.without_controls
             own = with_held_out(config, work.fold.held_out, controls=controls).model_copy(update={"seed": seed})
             own = attempt_config(system, own, parts, plan, work.teachers.parent, work.targets)
-            out = work.folder / f"{system.replace(', ', '_').replace(' ', '_')}_seed{seed}"
+            out = work.folder / f"{file_name(system)}_seed{seed}"
             test_takes = frozenset(r.take for r in parts.test)
             job = Job(system, own, parts.train, parts.validation, work.fold, test_takes, tokenizer, out)
             attempts.append(Attempt(system, seed, job, parts.test, corpus.texts))
@@ -182,7 +191,7 @@ def collect(
         f"teacher {s}": work.teachers.teacher(s) / "best.pt" for s in work.teachers.finished if s not in forbidden
     }
     for decode, settings in DECODES.items():
-        out = work.folder / "crosstest" / decode.replace(" ", "_")
+        out = work.folder / "crosstest" / file_name(decode)
         said = ask_all(asked, work.parts.test, settings, corpus.texts, out, plan.jobs)
         teachers = {name: predictions for name, predictions in said.items() if name != "parent"}
         said |= {
@@ -194,8 +203,8 @@ def collect(
             results.setdefault(name, {}).setdefault(decode, []).extend(predictions)
     for attempt in attempts:
         for decode in DECODES:
-            path = attempt.job.out / f"predictions_{decode.replace(' ', '_')}.jsonl"
-            results.setdefault(attempt.system, {}).setdefault(decode, []).extend(read_predictions(path))
+            predictions = read_predictions(attempt.predictions(decode))
+            results.setdefault(attempt.system, {}).setdefault(decode, []).extend(predictions)
 
 
 @dataclass(frozen=True)
@@ -205,6 +214,7 @@ class Outcome:
     results: Results
     folds: tuple[tuple[str, ...], ...]
     seconds: Mapping[str, float]
+    words_heard: str  # whether training heard the tested words: seen, mixed or unseen
 
 
 def _progress(total: int, say: Callable[[str], object]) -> Callable[[int], None]:
@@ -255,4 +265,6 @@ def run(
     for work, group in zip(works, attempts, strict=True):
         collect(corpus, config, plan, work, group, results)
     seconds["tests"] = time.monotonic() - begun - sum(seconds.values())
-    return Outcome(results, tuple(folds), seconds)
+    tested = {(work.folder.name, r.text) for work in works for r in work.parts.test}
+    heard = {(work.folder.name, r.text) for work in works for r in work.without_controls.train}
+    return Outcome(results, tuple(folds), seconds, share_seen(tested, heard))

@@ -72,10 +72,11 @@ def write_report(outcome: Outcome, plan: Plan, words: tuple[str, ...], normalise
     """Prints the tables and sentences, and writes them to OUT/report.md and every score to OUT/scores/."""
     from rich.console import Console
 
+    from xded.demo import DECODES, file_name
     from xded.report.main_job import band_table, in_words, main_table, scores_of
     from xded.training.status import write_atomically
 
-    scores = scores_of(outcome.results, normaliser, words)
+    scores = scores_of(outcome.results, normaliser, words, DECODES, outcome.words_heard)
     folds = ", ".join("+".join(fold) for fold in outcome.folds)
     title = (
         f"Unheard speakers: {_count(len(outcome.folds), 'fold')} ({folds}), {_count(plan.seeds, 'seed')}, "
@@ -94,7 +95,7 @@ def write_report(outcome: Outcome, plan: Plan, words: tuple[str, ...], normalise
     folder.mkdir(parents=True, exist_ok=True)
     for system, by_decode in scores.items():
         for decode, result in by_decode.items():
-            name = f"{system.replace(', ', '_').replace(' ', '_')}.{decode.replace(' ', '_')}.json"
+            name = f"{file_name(system)}.{file_name(decode)}.json"
             write_atomically(folder / name, result.to_json())
     parts = [table.markdown() for table in tables] + ["".join(f"- {s}\n" for s in sentences), f"{cost}\n"]
     write_atomically(out / "report.md", "\n".join(parts))

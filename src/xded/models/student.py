@@ -24,6 +24,11 @@ def sinusoids(length: int, width: int) -> Tensor:
     return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[:, :width]
 
 
+def decoder_input(tokens: Tensor, bos: int) -> Tensor:
+    """What the decoder has seen before each step of the text: [B, U] ending in </s> -> [B, U] starting with <s>."""
+    return torch.cat([torch.full_like(tokens[:, :1], bos), tokens[:, :-1]], dim=1)
+
+
 class Student(nn.Module):
     """Encoder + CTC head + attention decoder.
 

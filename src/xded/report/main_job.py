@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from xded.config import DecodeConfig
 from xded.report.tables import Table, cell
 from xded.scoring import Comparison, Estimate, Prediction, Scores, compare, score
+from xded.training.evaluation import decoded_how
 
 BEST_TEACHER = "best teacher"
 VOTE = "vote of the teachers"
@@ -16,20 +18,17 @@ SIGNIFICANT = 0.05
 Results = Mapping[str, Mapping[str, Sequence[Prediction]]]
 
 
-def scores_of(results: Results, normaliser: str, words: Sequence[str]) -> dict[str, dict[str, Scores]]:
-    """Scores of every system and decode mode; every held-out speaker is unheard, the words are not."""
+def scores_of(
+    results: Results, normaliser: str, words: Sequence[str], decodes: Mapping[str, DecodeConfig], words_heard: str
+) -> dict[str, dict[str, Scores]]:
+    """Scores of every system and decode mode; the folds' guards saw to it that no tested speaker was heard."""
     return {
         system: {
             decode: score(
                 predictions,
                 normaliser=normaliser,
                 word_list=words,
-                conditions={
-                    "speakers": "unseen",
-                    "words": "seen",
-                    "word_list": "closed" if decode == "word list" else "open",
-                    "decode": "word list, both heads" if decode == "word list" else "ctc greedy",
-                },
+                conditions={"speakers": "unseen", "words": words_heard, **decoded_how(decodes[decode])},
             )
             for decode, predictions in by_decode.items()
         }
@@ -57,7 +56,8 @@ def main_table(scores: Mapping[str, Mapping[str, Scores]], words: int, title: st
         rows.append((system, *(cell(by_decode[d].overall.wra_percent) for d in decodes), tested))
     open_scores = next(iter(scores.values()))[decodes[0]]
     caption = (
-        "WRA in per cent with 95 % bootstrap intervals over takes (x seeds). Speakers unseen, words seen. "
+        "WRA in per cent with 95 % bootstrap intervals over takes (x seeds). Speakers unseen, "
+        f"words {open_scores.conditions['words']}. "
         f"open: CTC greedy, any text can come out; word list: the best of {words} words by both heads. "
         f"Normaliser {open_scores.conditions['normaliser']}. Each teacher is tested on the folds that hold out others; "
         "the best one is chosen after the fact, for each speaker; the oracle counts a take that any of them got right."

@@ -19,7 +19,6 @@ from xded.errors import CorpusError, TokenizerError
 from xded.parallel import run_all
 from xded.tokenizer import Tokenizer
 from xded.training.run import Job, fit, is_finished
-from xded.training.status import write_atomically
 
 
 def teacher_speakers(corpus: Corpus, fold: Fold) -> tuple[str, ...]:
@@ -178,5 +177,4 @@ def teach(
             print(f"{count} of {len(rest)} teachers done", file=sys.stderr, flush=True)
 
     run_all(_fit, rest, jobs, say)
-    write_atomically(out / "fold.txt", ", ".join(fold.held_out) + "\n")
     return teachers

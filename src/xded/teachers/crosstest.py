@@ -15,7 +15,7 @@ from xded.parallel import run_all
 from xded.scoring import Estimate, Prediction, is_right, read_predictions, score, write_predictions
 from xded.teachers.adapt import Teachers, parts_of
 from xded.training.data import TrainingData
-from xded.training.evaluation import recognise
+from xded.training.evaluation import UNSTATED, recognise
 from xded.training.status import write_atomically
 
 Said = Mapping[str, Sequence[Prediction]]
@@ -78,9 +78,8 @@ def crosstest(corpus: Corpus, teachers: Teachers, config: Config, *, jobs: int =
 
 def wra(predictions: Sequence[Prediction], normaliser: str, *, seed: int = 0, resamples: int = 2000) -> Estimate:
     """WRA in per cent with its interval over takes."""
-    conditions = {"speakers": "unknown", "words": "unknown", "word_list": "open", "decode": "greedy"}
     return score(
-        predictions, normaliser=normaliser, conditions=conditions, seed=seed, resamples=resamples
+        predictions, normaliser=normaliser, conditions=UNSTATED, seed=seed, resamples=resamples
     ).overall.wra_percent
 
 

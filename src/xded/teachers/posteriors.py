@@ -15,6 +15,7 @@ from xded.corpus.manifest import Corpus, Recording
 from xded.errors import CorpusError
 from xded.models.checkpoints import load
 from xded.models.recogniser import Recogniser, load_recogniser, provenance_of
+from xded.models.student import decoder_input
 from xded.parallel import run_all
 from xded.targets.aggregate import combine, top_k, weigh
 from xded.targets.store import Entry, Index, Kind, Posterior, Store, StoreWriter, TargetError, audio_hash, read_index
@@ -97,8 +98,7 @@ def posteriors_of(recogniser: Recogniser, batch: Batch, config: Config) -> list[
     assert batch.features is not None
     encoded, frames = student.encode(batch.features, batch.feature_lengths)
     ctc_logits = student.ctc_logits(encoded)
-    start = torch.full_like(batch.tokens[:, :1], tokenizer.bos)
-    decoder_logits = student.decoder_logits(torch.cat([start, batch.tokens[:, :-1]], dim=1), encoded, frames)
+    decoder_logits = student.decoder_logits(decoder_input(batch.tokens, tokenizer.bos), encoded, frames)
     true_ctc = -F.ctc_loss(
         F.log_softmax(ctc_logits, 2).transpose(0, 1), batch.tokens, frames, batch.token_lengths,
         blank=tokenizer.blank, reduction="none",

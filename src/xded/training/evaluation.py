@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence, Set
 from pathlib import Path
 
 import torch
@@ -17,6 +17,9 @@ from xded.scoring import Prediction, score
 from xded.tokenizer import Tokenizer
 from xded.training.data import Batch, TrainingData, collate
 from xded.training.loop import loss_parts, weighted_sum
+
+# for WRA that is not reported by itself: validation, and cells of a matrix that states the conditions
+UNSTATED = {"speakers": "unknown", "words": "unknown", "word_list": "open", "decode": "greedy"}
 
 
 def batches(data: TrainingData, batch_size: int) -> Iterator[tuple[list[int], Batch]]:
@@ -88,8 +91,7 @@ def validate(student: Student, data: TrainingData, config: Config) -> dict[str, 
 
 def summarise(predictions: Sequence[Prediction], tokenizer: Tokenizer) -> dict[str, float]:
     """WRA, share of empty outputs and number of distinct outputs, without intervals."""
-    conditions = {"speakers": "unknown", "words": "unknown", "word_list": "open", "decode": "greedy"}
-    overall = score(predictions, normaliser=tokenizer.normaliser, conditions=conditions, resamples=0).overall
+    overall = score(predictions, normaliser=tokenizer.normaliser, conditions=UNSTATED, resamples=0).overall
     return {
         "wra": overall.wra_percent.value / 100,
         "empty": overall.empty_percent.value / 100,
@@ -117,16 +119,24 @@ def conditions_of(
     speakers = {speaker for p in recogniser.provenance for speaker in p.speakers}
     takes = {take for p in recogniser.provenance for take in p.takes}
     words = {recording.text for recording in corpus.recordings if recording.take in takes}
+    return {
+        "speakers": share_seen({r.speaker for r in test}, speakers),
+        "words": share_seen({r.text for r in test}, words) if words else "unknown",
+        **decoded_how(config),
+    }
+
+
+def decoded_how(config: DecodeConfig) -> dict[str, str]:
+    """What a score must say of the decoding: word list open or closed, and the search."""
     search = "greedy" if config.beam == 1 else f"beam {config.beam}"
     return {
-        "speakers": _share_seen({r.speaker for r in test}, speakers),
-        "words": _share_seen({r.text for r in test}, words) if words else "unknown",
         "word_list": "closed" if config.word_list else "open",
         "decode": "word list, both heads" if config.word_list else f"{config.mode} {search}",
     }
 
 
-def _share_seen(tested: set[str], heard: set[str]) -> str:
+def share_seen(tested: Set[Hashable], heard: Set[Hashable]) -> str:
+    """Whether training has heard all, some or none of the tested speakers (or words)."""
     if tested <= heard:
         return "seen"
     return "mixed" if tested & heard else "unseen"

@@ -22,7 +22,7 @@ from xded import objectives
 from xded.config import Config
 from xded.errors import EXIT_INTERRUPTED, GO_ON, TrainingError
 from xded.features import valid_mask
-from xded.models.student import Student
+from xded.models.student import Student, decoder_input
 from xded.tokenizer import Tokenizer
 from xded.training.data import Batch, TrainingData
 from xded.training.schedule import Schedule
@@ -59,8 +59,7 @@ def loss_parts(student: Student, batch: Batch, config: Config, tokenizer: Tokeni
             used = kept.sum() / frames.sum()
             parts["ctc_kd"] = objectives.ctc_kd(logits, batch.ctc_target, kept, weights.temperature)
     if weights.cross_entropy or weights.decoder_kd:
-        start = torch.full_like(batch.tokens[:, :1], tokenizer.bos)
-        logits = student.decoder_logits(torch.cat([start, batch.tokens[:, :-1]], dim=1), encoded, lengths)
+        logits = student.decoder_logits(decoder_input(batch.tokens, tokenizer.bos), encoded, lengths)
         steps = batch.token_lengths + 1  # </s> is a step
         if weights.cross_entropy:
             parts["cross_entropy"] = objectives.cross_entropy(logits, batch.tokens, steps, weights.label_smoothing)

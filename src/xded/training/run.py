@@ -245,11 +245,10 @@ def preflight(
     frozen = [stage.freeze_encoder for stage in job.config.train.stages]
     if sorted(frozen, reverse=True) != frozen:
         raise ConfigError("A stage with a frozen encoder follows one that trains it.", "Put the frozen stages first.")
-    heard = partial(_heard, job.fold)
     provenance = (
-        heard(job.name, job.train),
-        *((heard(f"model selection of {job.name}", job.validation),) if job.validation else ()),
-        *((heard(f"normaliser of {job.name}", job.train),) if fits_normaliser(job.config) else ()),
+        _heard(job.name, job.train),
+        *((_heard(f"model selection of {job.name}", job.validation),) if job.validation else ()),
+        *((_heard(f"normaliser of {job.name}", job.train),) if fits_normaliser(job.config) else ()),
         *inherited,
         *(p for store in stores.values() for p in store.index.provenance),
     )
@@ -257,7 +256,7 @@ def preflight(
     return tuple(dict.fromkeys(provenance))
 
 
-def _heard(fold: Fold, what: str, recordings: Sequence[Recording]) -> Provenance:
+def _heard(what: str, recordings: Sequence[Recording]) -> Provenance:
     return Provenance(what, frozenset(r.speaker for r in recordings), frozenset(r.take for r in recordings))
 
 
