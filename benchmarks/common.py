@@ -22,7 +22,8 @@ from xded.scoring import Estimate, Prediction, score
 from xded.tokenizer import Tokenizer
 from xded.training.data import TrainingData
 from xded.training.evaluation import recognise
-from xded.training.run import Job, fit
+from xded.training.job import Job
+from xded.training.run import fit
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "data"  # real recordings lie beside the repository, where they are

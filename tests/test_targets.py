@@ -21,7 +21,8 @@ from xded.targets.store import Entry, Index, Posterior, Store, StoreWriter, Targ
 from xded.teachers.posteriors import partners_of
 from xded.tokenizer import Tokenizer
 from xded.training.data import align_by_time
-from xded.training.run import Job, check_targets
+from xded.training.job import Job
+from xded.training.preflight import Gate, check_targets
 
 HASH = "a" * 64
 
@@ -150,6 +151,12 @@ def job(corpus: Corpus, tokenizer: Tokenizer) -> Job:
     return Job("student", config, corpus.recordings, (), Fold(()), frozenset(), tokenizer, corpus.path.parent / "run")
 
 
+def check(store: Store, work: Job) -> None:
+    gate = Gate(frozenset())
+    check_targets(store, work, gate)
+    gate.decide()
+
+
 def write_for(corpus: Corpus, tokenizer: Tokenizer, folder: Path, hashed: str = "", **fields: Any) -> Store:
     writer = StoreWriter(folder, index(tokenizer=tokenizer.fingerprint, vocabulary=tokenizer.size, **fields))
     for recording in corpus.recordings:
@@ -165,14 +172,14 @@ def write_for(corpus: Corpus, tokenizer: Tokenizer, folder: Path, hashed: str = 
 def test_targets_of_this_run_are_accepted(tmp_path: Path, corpus: Corpus) -> None:
     tokenizer = Tokenizer.train(corpus.texts, "char", 64, "upper")
     for kind in ("ctc", "decoder"):
-        check_targets(write_for(corpus, tokenizer, tmp_path / kind, kind=kind), job(corpus, tokenizer))
+        check(write_for(corpus, tokenizer, tmp_path / kind, kind=kind), job(corpus, tokenizer))
 
 
 def test_targets_of_another_tokenizer_are_refused_naming_both(tmp_path: Path, corpus: Corpus) -> None:
     tokenizer = Tokenizer.train(corpus.texts, "char", 64, "upper")
     other = Tokenizer.train([*corpus.texts, "XYZ"], "char", 64, "upper")
     with pytest.raises(TargetError, match="another tokenizer") as error:
-        check_targets(write_for(corpus, other, tmp_path / "ctc"), job(corpus, tokenizer))
+        check(write_for(corpus, other, tmp_path / "ctc"), job(corpus, tokenizer))
     for named in (str(tmp_path / "ctc"), tokenizer.fingerprint[:12], other.fingerprint[:12]):
         assert named in str(error.value)
 
@@ -180,7 +187,7 @@ def test_targets_of_another_tokenizer_are_refused_naming_both(tmp_path: Path, co
 def test_targets_of_another_temperature_are_refused_naming_both(tmp_path: Path, corpus: Corpus) -> None:
     tokenizer = Tokenizer.train(corpus.texts, "char", 64, "upper")
     with pytest.raises(TargetError, match=r"temperature 4; the objective says 2"):
-        check_targets(write_for(corpus, tokenizer, tmp_path / "ctc", temperature=4.0), job(corpus, tokenizer))
+        check(write_for(corpus, tokenizer, tmp_path / "ctc", temperature=4.0), job(corpus, tokenizer))
 
 
 @pytest.mark.parametrize("in_manifest", [True, False])
@@ -194,7 +201,7 @@ def test_targets_of_other_audio_are_refused_naming_the_recording(
     if in_manifest:
         work.train = [r.model_copy(update={"audio_sha256": sha256_of(r.audio_filepath)}) for r in work.train]
     with pytest.raises(TargetError, match=rf"'{corpus.recordings[0].recording}' describes other audio"):
-        check_targets(store, work)
+        check(store, work)
 
 
 def test_decoder_targets_of_another_text_are_refused(tmp_path: Path, corpus: Corpus) -> None:
@@ -203,7 +210,7 @@ def test_decoder_targets_of_another_text_are_refused(tmp_path: Path, corpus: Cor
     work = job(corpus, tokenizer)
     work.train = [work.train[0].model_copy(update={"text": "ABBA"})]
     with pytest.raises(TargetError, match=r"has 3 steps; its text 'ABBA' has 5"):
-        check_targets(store, work)
+        check(store, work)
 
 
 # --- aggregation ----------------------------------------------------------------------------------------

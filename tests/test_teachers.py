@@ -29,7 +29,8 @@ from xded.training import run
 from xded.training.data import TrainingData, collate
 from xded.training.evaluation import batches
 from xded.training.loop import Loop
-from xded.training.run import Job, fit
+from xded.training.job import Job
+from xded.training.run import fit
 from xded.training.status import read_status
 
 ONE_EPOCH = {"batch_size": 8, "threads": 1, "device": "cpu", "stages": [{"epochs": 1, "peak_lr": 1e-3}]}

@@ -14,7 +14,7 @@ from xded.corpus.folds import make_fold
 from xded.corpus.manifest import Corpus, Recording, read_corpus, write_manifest
 from xded.teachers.adapt import parts_of
 from xded.tokenizer import Tokenizer
-from xded.training.run import Job
+from xded.training.job import Job
 
 SAMPLE_RATE = 16_000
 WORDS = ("AB", "BAD", "CAB", "DA")

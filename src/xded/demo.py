@@ -25,7 +25,8 @@ from xded.teachers.posteriors import make_targets
 from xded.tokenizer import Tokenizer
 from xded.training.data import TrainingData
 from xded.training.evaluation import recognise, share_seen
-from xded.training.run import Job, fit
+from xded.training.job import Job
+from xded.training.run import fit
 from xded.training.status import clock
 
 ATTEMPTS = (

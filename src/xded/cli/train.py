@@ -58,6 +58,10 @@ def train(
     device: Annotated[str | None, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps.")] = None,
     settings: SetOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from latest.pt.")] = False,
+    force: Annotated[
+        list[str] | None,
+        typer.Option("--force", metavar="CHECK", help="Go on although this check refuses; recorded (repeat for more)."),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on the console.")] = False,
     show_config: Annotated[bool, typer.Option("--show-config", help="Print the whole config and stop.")] = False,
     help_config: Annotated[bool, typer.Option("--help-config", help="Print every config key and stop.")] = False,
@@ -81,7 +85,7 @@ def train(
 
         typer.echo(to_yaml(tree), nl=False)
         return
-    run(tree, out, resume, quiet)
+    run(tree, out, resume, quiet, frozenset(force or ()))
 
 
 def with_last_stage(tree: Config, epochs: int | None, peak_lr: float | None) -> Config:
@@ -108,13 +112,14 @@ def _tokenizer(corpus: Corpus, parts: Split, tree: Config, out: Path) -> Tokeniz
     return load_or_train_tokenizer(corpus, parts, tree, out / TOKENIZER)
 
 
-def run(tree: Config, out: Path | None, resume: bool, quiet: bool) -> None:
+def run(tree: Config, out: Path | None, resume: bool, quiet: bool, force: frozenset[str]) -> None:
     """Splits, finds the tokenizer, trains."""
     from xded.corpus.folds import make_fold
     from xded.corpus.manifest import read_corpus
     from xded.errors import ConfigError
     from xded.teachers.adapt import parts_of
-    from xded.training.run import Job, fit
+    from xded.training.job import Job
+    from xded.training.run import fit
 
     if out is None:
         raise ConfigError("No run folder was given.", "Give --out DIR.")
@@ -124,6 +129,7 @@ def run(tree: Config, out: Path | None, resume: bool, quiet: bool) -> None:
     tokenizer = _tokenizer(corpus, parts, tree, out)
     name = "student" if tree.objective.ctc_kd or tree.objective.decoder_kd else "supervised"
     job = Job(name, tree, parts.train, parts.validation, fold, frozenset(r.take for r in parts.test), tokenizer, out)
+    job.force = force
     best = fit(job, resume=resume, quiet=quiet)
     held_out = " ".join(f"--held-out {speaker}" for speaker in fold.held_out)
     typer.echo(f"{best}\nTest it: xded evaluate {best} {held_out}".rstrip())

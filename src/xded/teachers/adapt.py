@@ -18,7 +18,8 @@ from xded.corpus.manifest import Corpus, Recording
 from xded.errors import CorpusError, TokenizerError
 from xded.parallel import run_all
 from xded.tokenizer import Tokenizer
-from xded.training.run import Job, fit, is_finished
+from xded.training.job import Job
+from xded.training.run import fit, is_finished
 
 
 def teacher_speakers(corpus: Corpus, fold: Fold) -> tuple[str, ...]:

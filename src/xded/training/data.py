@@ -148,6 +148,7 @@ class TrainingData(Dataset[dict]):
         self.tokens = [tokenizer.encode(recording.text) for recording in self.recordings]
         self.encoded: list[Tensor] | None = None  # outputs of the frozen encoder
         self.frozen_epochs = 0  # epochs in which they are served
+        self.opened: dict[str, Path] = {}  # recording -> the file whose audio was served for it
         self._features: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
@@ -161,6 +162,7 @@ class TrainingData(Dataset[dict]):
     def features(self, index: int) -> np.ndarray:
         """Features of a recording without augmentation: [T, mels]."""
         path, config = self.recordings[index].audio_filepath, self.front_end.config
+        self.opened[self.recordings[index].recording] = path
         if config.normalisation == "per_recording":
             return features_of(path, config)
         if index not in self._features:

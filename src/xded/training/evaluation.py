@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence, Set
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -80,23 +82,35 @@ def validate(student: Student, data: TrainingData, config: Config) -> dict[str, 
     truth = config.model_copy(
         update={"objective": config.objective.model_copy(update={"ctc_kd": 0.0, "decoder_kd": 0.0})}
     )
-    loss = sum(
-        float(weighted_sum(loss_parts(student, batch.to(device), truth, data.tokenizer), truth)) * len(places)
-        for places, batch in batches(data, config.decode.batch_size)
-    )
+    sums: Counter[str] = Counter()
+    for places, batch in batches(data, config.decode.batch_size):
+        parts = loss_parts(student, batch.to(device), truth, data.tokenizer)
+        parts["val_loss"] = weighted_sum(parts, truth)
+        sums.update({name: float(value) * len(places) for name, value in parts.items()})
+    measured = {name: sums[name] / len(data) for name in ("val_loss", "teacher_forced") if name in sums}
     greedy = config.decode.model_copy(update={"beam": 1, "word_list": False})
-    summary = summarise(recognise(student, data, greedy), data.tokenizer)
-    return {"val_loss": loss / len(data), **summary}
+    return {**measured, **summarise(recognise(student, data, greedy), data.tokenizer)}
 
 
 def summarise(predictions: Sequence[Prediction], tokenizer: Tokenizer) -> dict[str, float]:
-    """WRA, share of empty outputs and number of distinct outputs, without intervals."""
+    """What tells a recogniser from a collapsed one, without intervals; shares are of 1, lengths in tokens."""
     overall = score(predictions, normaliser=tokenizer.normaliser, conditions=UNSTATED, resamples=0).overall
+    references = [p.reference for p in predictions]
     return {
         "wra": overall.wra_percent.value / 100,
         "empty": overall.empty_percent.value / 100,
         "distinct": float(overall.distinct_outputs),
+        "recordings": float(len(predictions)),
+        "references": float(len(set(references))),
+        "tokens": fmean(len(p.tokens) for p in predictions),
+        "needed": fmean(len(tokenizer.encode(text)) for text in references),
+        "repeats": fmean(loops(p.tokens) for p in predictions),
     }
+
+
+def loops(tokens: Sequence[int]) -> bool:
+    """Whether an output says one token three times in a row."""
+    return any(a == b == c for a, b, c in zip(tokens, tokens[1:], tokens[2:], strict=False))
 
 
 def hear(

@@ -25,9 +25,12 @@ from xded.features import valid_mask
 from xded.models.student import Student, decoder_input
 from xded.tokenizer import Tokenizer
 from xded.training.data import Batch, TrainingData
+from xded.training.monitor import FrozenParts, gradient_norms, unused_parts
 from xded.training.schedule import Schedule
+from xded.training.status import is_logged
 
-GRADIENT_WATCH = 4  # batches at the start of each stage in which gradients are looked for
+GRADIENT_WATCH = 4  # batches at the start of each epoch in which gradients are looked for
+MEASURES = ("frames", "teacher_forced")  # beside the parts of the loss
 
 
 class InterruptedRunError(TrainingError):
@@ -37,7 +40,9 @@ class InterruptedRunError(TrainingError):
 
 
 def loss_parts(student: Student, batch: Batch, config: Config, tokenizer: Tokenizer) -> dict[str, Tensor]:
-    """Unweighted parts of the loss of a batch, and `frames`: the share of frames that the CTC side used."""
+    """Unweighted parts of the loss of a batch, and measures: `frames`, the share of frames that the CTC side used, and
+    (outside training) `teacher_forced`, the share of decoder steps that are right when the true text comes before them.
+    """
     weights = config.objective
     if batch.encoded is None:
         assert batch.features is not None
@@ -63,6 +68,9 @@ def loss_parts(student: Student, batch: Batch, config: Config, tokenizer: Tokeni
         steps = batch.token_lengths + 1  # </s> is a step
         if weights.cross_entropy:
             parts["cross_entropy"] = objectives.cross_entropy(logits, batch.tokens, steps, weights.label_smoothing)
+            if not student.training:
+                right = (logits.argmax(dim=2) == batch.tokens).float()
+                parts["teacher_forced"] = objectives.recording_mean(right, valid_mask(steps, right.shape[1]))
         if weights.decoder_kd:
             assert batch.decoder_target is not None
             parts["decoder_kd"] = objectives.decoder_kd(logits, batch.decoder_target, steps, weights.temperature)
@@ -72,7 +80,7 @@ def loss_parts(student: Student, batch: Batch, config: Config, tokenizer: Tokeni
 
 def weighted_sum(parts: Mapping[str, Tensor], config: Config) -> Tensor:
     """The loss: parts times their weights in the objective."""
-    terms = [getattr(config.objective, name) * value for name, value in parts.items() if name != "frames"]
+    terms = [getattr(config.objective, name) * value for name, value in parts.items() if name not in MEASURES]
     return torch.stack(terms).sum()
 
 
@@ -122,6 +130,11 @@ class Loop(L.LightningModule):
         self.gradient_norm = 0.0
         self.last_saved = 0
         self.stage = -1
+        self.watched_stage = -1  # `frozen` was copied at its start
+        self.frozen: FrozenParts | None = None
+        self.trainable: set[str] = set()
+        self.skipped = 0  # batches that led to no update
+        self.current = 0
 
     # --- start and resume -------------------------------------------------------------------------------
 
@@ -133,6 +146,7 @@ class Loop(L.LightningModule):
         self.sums, self.best = dict(checkpoint["sums"]), dict(checkpoint["best"])
         self.last_epoch = dict(checkpoint["last_epoch"])
         self.with_gradient = set(checkpoint["with_gradient"])
+        self.trainable, self.skipped = set(checkpoint["trainable"]), int(checkpoint["skipped"])
         self.last_saved = self.first_batch // self.schedule.accumulate
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -156,15 +170,29 @@ class Loop(L.LightningModule):
             return
         self.stage = stage
         self.student.train()
-        encoder = self.student.encoder
-        encoder.requires_grad_(not self.schedule.stages[stage].freeze_encoder)
-        frozen: list[torch.nn.Module] = [encoder] if self.schedule.stages[stage].freeze_encoder else []
-        count = self.run_config.train.freeze_layers
-        if count and not frozen:
-            frozen = [encoder.subsampling, *encoder.layers[:count]]
-        for module in frozen:
-            module.requires_grad_(False).eval()
+        self.student.encoder.requires_grad_(True)
+        for name in self.frozen_parts(stage):
+            self.student.get_submodule(name).requires_grad_(False).eval()
         self.watch("stage", {"parameters": self.student.parameter_counts()})
+
+    def frozen_parts(self, stage: int) -> list[str]:
+        """Names of the modules that a stage freezes."""
+        if self.schedule.stages[stage].freeze_encoder:
+            return ["encoder"]
+        count = self.run_config.train.freeze_layers
+        return ["encoder.subsampling", *(f"encoder.layers.{i}" for i in range(count))] if count else []
+
+    def watch_frozen(self, stage: int) -> None:
+        """At the start of a stage (-1: the run is over) says what of the last one's frozen parts has moved."""
+        if stage == self.watched_stage:
+            return
+        if self.frozen is not None:
+            moved, of = self.frozen.moved(self.student), len(self.frozen.copies)
+            update = self.update_of(self.current)
+            self.watch("frozen", {"update": update, "stage": self.watched_stage + 1, "of": of, "moved": moved})
+        self.watched_stage = stage
+        names = [f"{name}." for name in self.frozen_parts(stage)] if stage >= 0 else []
+        self.frozen = FrozenParts(self.student, names) if names else None
 
     # --- one batch ---------------------------------------------------------------------------------------
 
@@ -179,7 +207,10 @@ class Loop(L.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Sets stage, learning rate and random state as functions of the batch number."""
         number = self.number(batch_idx)
-        self.set_stage(self.schedule.stage_of_epoch(self.schedule.epoch_of_batch(number)))
+        stage = self.schedule.stage_of_epoch(self.schedule.epoch_of_batch(number))
+        self.watch_frozen(stage)
+        self.set_stage(stage)
+        self.current = number
         torch.manual_seed((self.run_config.seed * 1_000_003 + number) % 2**63)
         rate = self.schedule.learning_rate(number // self.schedule.accumulate)
         for group in self.optimizers().param_groups:  # type: ignore[union-attr]
@@ -213,6 +244,8 @@ class Loop(L.LightningModule):
         done = int(self.sums.get("batches", 0))
         if done <= GRADIENT_WATCH:
             for name, parameter in self.student.named_parameters():
+                if parameter.requires_grad:
+                    self.trainable.add(name)
                 if name not in self.with_gradient and parameter.grad is not None and parameter.grad.any():
                     self.with_gradient.add(name)
 
@@ -223,16 +256,21 @@ class Loop(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clips the norm; a gradient that is not finite stops the run before the update."""
+        update = self.update_of(self.current)
+        if is_logged(update):
+            self.watch("gradients", {"update": update, **gradient_norms(self.student, self.tokenizer.blank)})
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.run_config.train.gradient_clip)
         self.gradient_norm = float(norm)
         if not math.isfinite(self.gradient_norm) and "16-mixed" not in str(self.trainer.precision):
             self._refuse(f"the gradient's norm is {self.gradient_norm}")
+        self.skipped += not math.isfinite(self.gradient_norm)  # the loss scaler of 16-mixed leaves the update out
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Logs, validates at epoch ends, saves when due, stops when asked."""
         number = self.number(batch_idx)
         updated = (number + 1) % self.schedule.accumulate == 0 or number + 1 == self.total_batches
         update = self.update_of(number)
+        self.skipped += not outputs  # of `training_step`: without a loss there is no update
         if updated:
             self.pending = []
             rate = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
@@ -312,13 +350,25 @@ class Loop(L.LightningModule):
             train_loss=self.last_epoch["train_loss"],
             val_loss=self.last_epoch["val_loss"],
             with_gradient=sorted(self.with_gradient),
+            trainable=sorted(self.trainable),
+            skipped=self.skipped,
         )
 
     def save(self, path: Path, number: int) -> None:
         """Writes a checkpoint after batch `number`."""
         self.saving = number
         self.trainer.save_checkpoint(path)
-        self.watch("saved", {"path": path.name, "best": dict(self.best), "with_gradient": sorted(self.with_gradient)})
+        self.watch("saved", {"path": path.name, "best": dict(self.best), **self.gradient_facts()})
+
+    def gradient_facts(self) -> dict[str, Any]:
+        """Who received a gradient, who should have but did not, and batches without an update."""
+        unused = unused_parts(self.run_config.objective)
+        silent = [name for name in self.trainable - self.with_gradient if name.split(".")[0] not in unused]
+        return {"with_gradient": sorted(self.with_gradient), "silent": sorted(silent), "skipped": self.skipped}
+
+    def on_train_end(self) -> None:
+        """Last look at the frozen parts."""
+        self.watch_frozen(-1)
 
 
 class StopOnSignal(L.Callback):

@@ -11,7 +11,6 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -24,48 +23,25 @@ from torch.utils.data import DataLoader
 from xded import config as configs
 from xded.audio import read_audio
 from xded.config import Config, StageConfig
-from xded.corpus.folds import Fold, Provenance, guard
-from xded.corpus.manifest import Recording
-from xded.errors import GO_ON, CheckpointError, ConfigError, CorpusError, TrainingError
-from xded.models.checkpoints import FREE_SPACE, AtomicCheckpointIO, disk_is_full, load, load_latest
-from xded.models.recogniser import describe, load_weights, pick_device, provenance_of, resolve
+from xded.corpus.folds import Provenance
+from xded.corpus.manifest import read_corpus
+from xded.errors import GO_ON, ConfigError, TrainingError
+from xded.models.checkpoints import FREE_SPACE, AtomicCheckpointIO, disk_is_full, load_latest
+from xded.models.recogniser import describe, pick_device, provenance_of
 from xded.models.student import Student
-from xded.objectives import ctc_frames_needed
-from xded.targets.store import Kind, Store, TargetError, audio_hash
-from xded.tokenizer import Tokenizer
+from xded.targets.store import Kind, Store
 from xded.training.data import RunSampler, TrainingData, collate
 from xded.training.evaluation import batches, validate
+from xded.training.job import Job
 from xded.training.loop import InterruptedRunError, Loop, StopOnSignal
+from xded.training.monitor import data_card, write_data_card
+from xded.training.preflight import LISTED, Gate, fits_normaliser, preflight
 from xded.training.schedule import Schedule
 from xded.training.status import RunLog, read_status, write_atomically
 
-FRAMES_SHOWN = 5
+FINDINGS = "findings.json"
 PATHS = {"corpus", "targets", "train.init", "tokenizer.path"}
 NOT_COMPARED = {"train.device", "train.threads"}  # a run may go on somewhere else
-
-
-@dataclass
-class Job:
-    """What to train.
-
-    Attributes:
-        name: who the result is: "parent", "teacher M08", "student".
-        config: of the run; `train.init`, `targets` and `objective` say how.
-        train, validation: recordings; they share no take.
-        fold: who must not be heard; test_takes: takes of the test (needed when held-out speakers are included).
-        tokenizer: of the run (and of the parent and the targets).
-        out: run folder.
-    """
-
-    name: str
-    config: Config
-    train: Sequence[Recording]
-    validation: Sequence[Recording]
-    fold: Fold
-    test_takes: frozenset[str]
-    tokenizer: Tokenizer
-    out: Path
-    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def is_finished(out: Path) -> bool:
@@ -100,8 +76,9 @@ def fit(job: Job, *, resume: bool = False, quiet: bool = False) -> Path:
     checkpoint, warning = load_latest(out) if going_on else (None, None)
     if checkpoint is not None:
         check_same_config(checkpoint["config"], job)
-    stores = open_targets(job)
-    provenance = preflight(job, student, stores, initialise(job, student))
+    gate = Gate(job.force)
+    stores, provenance = preflight(job, student, gate)
+    gate.decide()
     if checkpoint is not None and provenance_of(checkpoint) != provenance:
         raise ConfigError(
             f"{out} was started with other recordings, another parent or other targets.",
@@ -112,6 +89,8 @@ def fit(job: Job, *, resume: bool = False, quiet: bool = False) -> Path:
         student.front_end.fit(read_audio(recording.audio_filepath, rate) for recording in job.train)
     out.mkdir(parents=True, exist_ok=True)
     write_run_files(job)
+    write_atomically(out / FINDINGS, json.dumps(gate.to_dict() | {"forced": sorted(job.force)}, indent=1))
+    job.facts |= {"preflight": gate.table(), "forced": sorted(job.force)}
     return run(job, student, stores, provenance, checkpoint, warning, device, quiet)
 
 
@@ -120,9 +99,9 @@ def check_same_config(old: Mapping[str, Any], job: Job) -> None:
     before, now = flat(old), flat(job.config.model_dump(mode="json"))
     changed = [key for key in now | before if key not in NOT_COMPARED and not _same(key, before.get(key), now.get(key))]
     if changed:
-        listed = "; ".join(f"{key} was {before.get(key)}, now {now.get(key)}" for key in changed[:FRAMES_SHOWN])
+        listed = "; ".join(f"{key} was {before.get(key)}, now {now.get(key)}" for key in changed[:LISTED])
         raise ConfigError(
-            f"{job.out} was started with another config: {listed}{' ...' if len(changed) > FRAMES_SHOWN else ''}.",
+            f"{job.out} was started with another config: {listed}{' ...' if len(changed) > LISTED else ''}.",
             f"Use {job.out / 'config.yaml'}, or choose another --out.",
         )
 
@@ -140,145 +119,6 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return leaves
-
-
-def fits_normaliser(config: Config) -> bool:
-    """Whether the run measures a global mean and deviation: not when it starts from weights that know another."""
-    return config.features.normalisation == "global" and config.train.init is None
-
-
-def initialise(job: Job, student: Student) -> tuple[Provenance, ...]:
-    """Loads the weights that the run starts from; returns what they have heard."""
-    if job.config.train.init is None:
-        return ()
-    path = resolve(job.config.train.init)
-    payload = load(path)
-    if payload.get("tokenizer_fingerprint") != job.tokenizer.fingerprint:
-        raise CheckpointError(
-            f"{path} was trained with another tokenizer (fingerprint {str(payload.get('tokenizer_fingerprint'))[:12]}, "
-            f"this run's is {job.tokenizer.fingerprint[:12]}).",
-            "Train with the checkpoint's own tokenizer (leave out --tokenizer), or start from scratch.",
-        )
-    load_weights(student, payload["model_state_dict"], path)
-    before, now = payload["config"].get("features", {}), job.config.features.model_dump(mode="json")
-    changed = [f"{key} {before.get(key)} (here {now[key]})" for key in now if before.get(key) != now[key]]
-    if changed:
-        raise CheckpointError(
-            f"{path} was trained on other features: {', '.join(changed)}.",
-            "Use the features of the checkpoint's config, or start from scratch.",
-        )
-    return provenance_of(payload)
-
-
-def open_targets(job: Job) -> dict[Kind, Store]:
-    """The stores that the objective needs, checked against tokenizer, temperature and audio."""
-    needed: list[Kind] = []
-    if job.config.objective.ctc_kd:
-        needed.append("ctc")
-    if job.config.objective.decoder_kd:
-        needed.append("decoder")
-    if not needed:
-        return {}
-    if job.config.targets is None:
-        raise ConfigError(
-            "The objective uses KD but no targets are given.", "Make them with 'xded targets', then --targets DIR."
-        )
-    stores = {kind: Store(job.config.targets / kind) for kind in needed}
-    for store in stores.values():
-        check_targets(store, job)
-    return stores
-
-
-def check_targets(store: Store, job: Job) -> None:
-    """Raises unless the targets are of these recordings, this tokenizer and this temperature."""
-    index = store.index
-    if index.tokenizer != job.tokenizer.fingerprint:
-        raise TargetError(
-            f"{store.folder} was made with another tokenizer (fingerprint {index.tokenizer[:12]}, this run's is "
-            f"{job.tokenizer.fingerprint[:12]}).",
-            "Use the teachers' tokenizer, or make the targets anew.",
-        )
-    wanted = job.config.objective.temperature
-    if abs(index.temperature - wanted) > 1e-6:
-        raise TargetError(
-            f"{store.folder} was made at temperature {index.temperature:g}; the objective says {wanted:g}.",
-            f"Make them anew with --temperature {wanted:g}, or train with {index.temperature:g}.",
-        )
-    for recording in job.train:
-        if recording.recording not in store:
-            continue
-        entry = store.entry(recording.recording)
-        if entry.audio_sha256 != audio_hash(recording):
-            raise TargetError(
-                f"{store.folder}: the target of '{recording.recording}' describes other audio (its SHA-256 differs).",
-                "Make the targets anew from this corpus: 'xded targets'.",
-            )
-        steps = len(job.tokenizer.encode(recording.text)) + 1  # </s> is a step
-        if index.kind == "decoder" and entry.steps != steps:
-            raise TargetError(
-                f"{store.folder}: the target of '{recording.recording}' has {entry.steps} steps; "
-                f"its text '{recording.text}' has {steps}.",
-                "Make the targets anew from this corpus: 'xded targets'.",
-            )
-
-
-def preflight(
-    job: Job, student: Student, stores: dict[Kind, Store], inherited: tuple[Provenance, ...]
-) -> tuple[Provenance, ...]:
-    """Everything that can be known to be wrong before the first step; returns what the run will have heard."""
-    if not job.train:
-        raise CorpusError(f"{job.name} has no recording to train on.", "Hold out or exclude fewer speakers.")
-    job.tokenizer.self_test([r.text for r in (*job.train, *job.validation)], head_size=student.vocabulary)
-    if stores:
-        kept = [r for r in job.train if all(r.recording in store for store in stores.values())]
-        if not kept:
-            raise TargetError(
-                f"The targets in {job.config.targets} cover none of the {len(job.train)} training recordings.",
-                "Make them anew from this corpus and fold: 'xded targets'.",
-            )
-        index = next(iter(stores.values())).index
-        job.facts["targets"] = f"{job.config.targets}, {len(kept)} of {len(job.train)} training recordings covered"
-        job.facts["teachers"] = f"{', '.join(index.teachers)} ({index.effective_teachers:.1f} effective)"
-        job.train = kept
-    if job.config.objective.ctc:
-        check_spelling(job, student)
-    frozen = [stage.freeze_encoder for stage in job.config.train.stages]
-    if sorted(frozen, reverse=True) != frozen:
-        raise ConfigError("A stage with a frozen encoder follows one that trains it.", "Put the frozen stages first.")
-    provenance = (
-        _heard(job.name, job.train),
-        *((_heard(f"model selection of {job.name}", job.validation),) if job.validation else ()),
-        *((_heard(f"normaliser of {job.name}", job.train),) if fits_normaliser(job.config) else ()),
-        *inherited,
-        *(p for store in stores.values() for p in store.index.provenance),
-    )
-    guard(job.fold, provenance, job.test_takes)
-    return tuple(dict.fromkeys(provenance))
-
-
-def _heard(what: str, recordings: Sequence[Recording]) -> Provenance:
-    return Provenance(what, frozenset(r.speaker for r in recordings), frozenset(r.take for r in recordings))
-
-
-def check_spelling(job: Job, student: Student) -> None:
-    """Raises when a text has more tokens than CTC can write in the recording's frames (at the fastest tempo)."""
-    rate = job.config.features.sample_rate
-    shortest = 1.0 - job.config.augment.tempo
-    problems = []
-    for recording, share in [*((r, shortest) for r in job.train), *((r, 1.0) for r in job.validation)]:
-        needed = ctc_frames_needed(job.tokenizer.encode(recording.text))
-        frames = int(student.encoded_frames(torch.tensor(round(recording.duration * rate * share))))
-        if needed > frames:
-            problems.append(f"{recording.recording} ('{recording.text}': {needed} frames needed, {frames} there)")
-    if problems:
-        raise CorpusError(
-            f"{len(problems)} recordings are too short for CTC to write their text: "
-            + "; ".join(problems[:FRAMES_SHOWN])
-            + (" ..." if len(problems) > FRAMES_SHOWN else "")
-            + ".",
-            "Leave them out of the manifest, use a tokenizer with longer pieces (--set tokenizer.kind=bpe), "
-            "or train without CTC (--ctc 0)" + (", or without augment.tempo." if job.config.augment.tempo else "."),
-        )
 
 
 def write_run_files(job: Job) -> None:
@@ -355,6 +195,7 @@ def run(
         frame_rate_hz=student.frame_rate_hz, reduce=student.encoder.subsampling.reduce,
     )  # fmt: skip
     held_back = TrainingData(job.validation, student.front_end, job.tokenizer)
+    corpus = read_corpus(config.corpus).recordings if config.corpus and config.corpus.exists() else ()
     schedule = Schedule.of(config.train, stages, -(-len(data) // config.train.batch_size))
     first_update = 0 if checkpoint is None else (int(checkpoint["batch"]) + 1) // config.train.accumulate
     RunLog.forget_after(job.out, first_update)
@@ -364,9 +205,18 @@ def run(
         {n: p.numel() for n, p in student.named_parameters()},
         quiet=quiet,
     )
+    log.row("start", {"update": first_update, "resumed": checkpoint is not None})
+    log.table(job.facts["preflight"])
+
+    def watch(event: str, row: dict[str, Any]) -> None:
+        log(event, row)
+        if event == "epoch" and len(data.opened) == len(data):  # every recording was served in this process
+            sides, meant = {"train": data, "validation": held_back}, {"train": job.train, "validation": job.validation}
+            write_data_card(job.out, data_card(sides, meant, corpus, job.test_takes))
+
     loop = Loop(
         student, config, schedule, job.tokenizer, data, job.out,
-        validate=partial(validate, data=held_back, config=config), watch=log,
+        validate=partial(validate, data=held_back, config=config), watch=watch,
         extra=describe(job.tokenizer, config, job.name, provenance),
     )  # fmt: skip
     if warning:

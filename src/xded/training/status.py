@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,11 @@ METRICS_EVERY_UPDATES = 10
 
 class StatusError(XdedError):
     """The folder holds no run."""
+
+
+def is_logged(update: int) -> bool:
+    """Whether an update gets a row in metrics.jsonl."""
+    return update == 1 or update % METRICS_EVERY_UPDATES == 0
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -168,19 +174,30 @@ class RunLog:
             print(("\r\033[K" if self.on_terminal else "") + text, file=sys.stderr, flush=True)
 
     def __call__(self, event: str, row: dict[str, Any]) -> None:
-        """Takes an event of the loop: "stage", "step", "epoch" or "saved"."""
+        """Takes an event of the loop: "stage", "step", "gradients", "frozen", "epoch" or "saved"."""
         if event == "step":
             self._step(row)
+        elif event in ("gradients", "frozen"):
+            self.row(event, row)
         elif event == "stage":
             self._count(row["parameters"])
         elif event == "epoch":
-            self.metrics.write(json.dumps({"event": "epoch", **row}) + "\n")
+            self.row("epoch", row)
             self.status["last_epoch"] = epoch_line(row)
             self.line(epoch_line(row))
         else:
             self.status["best"] = row["best"]
             self._count({"with_gradient": sum(self.parameters[name] for name in row["with_gradient"])})
-            self.write_status()
+            self.write_status(silent=row["silent"], skipped=row["skipped"])
+
+    def table(self, rows: Sequence[tuple[str, str, str]]) -> None:
+        """The pre-flight table."""
+        for verdict, check, what in rows:
+            self.line(f"pre-flight {verdict:6} {check}: {what}")
+
+    def row(self, event: str, row: dict[str, Any]) -> None:
+        """A line of metrics.jsonl."""
+        self.metrics.write(json.dumps({"event": event, **row}) + "\n")
 
     def _count(self, counts: dict[str, int]) -> None:
         self.status["parameters"] = {**self.status.get("parameters", {}), **counts}
@@ -192,8 +209,8 @@ class RunLog:
         speed = (row["update"] - self.first_update) / max(elapsed, 1e-6)
         left_s = (row["updates"] - row["update"]) / max(speed, 1e-6)
         self.status["update"] = row["update"]
-        if row["update"] % METRICS_EVERY_UPDATES == 0 or row["update"] == 1:
-            self.metrics.write(json.dumps({"event": "step", **row}) + "\n")
+        if is_logged(row["update"]):
+            self.row("step", row)
         if elapsed - self.last_status >= STATUS_EVERY_S or row["update"] == row["updates"]:
             self.last_status = elapsed
             self.status["progress"] = progress_line(row, speed, left_s)

@@ -1,0 +1,1 @@
+"""`xded doctor`: from files to findings."""

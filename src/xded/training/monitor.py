@@ -1,0 +1,109 @@
+"""What a run writes down about itself, so that it can be examined later: gradients, frozen parts, audio heard."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xded.config import ObjectiveConfig
+from xded.corpus.manifest import Recording
+from xded.models.student import Student
+from xded.training.data import TrainingData
+from xded.training.status import write_atomically
+
+DATA_CARD = "data.json"
+CTC_PARTS = ("ctc_head",)
+DECODER_PARTS = ("embedding", "decoder", "decoder_head")
+
+
+def group_of(name: str) -> str:
+    """Part of the recogniser that a parameter belongs to: `subsampling`, `encoder.3`, `decoder.0`, `ctc_head` ..."""
+    first, *rest = name.split(".")
+    if first == "encoder":
+        return rest[0] if rest[0] != "layers" else f"encoder.{rest[1]}"
+    if first == "decoder":
+        return f"decoder.{rest[1]}" if rest[0] == "layers" else f"decoder_{rest[0]}"
+    return first
+
+
+def unused_parts(objective: ObjectiveConfig) -> tuple[str, ...]:
+    """First names of the parameters that the objective does not use: they receive no gradient, rightly."""
+    ctc = () if objective.ctc or objective.ctc_kd else CTC_PARTS
+    decoder = () if objective.cross_entropy or objective.decoder_kd else DECODER_PARTS
+    return ctc + decoder
+
+
+def gradient_norms(student: Student, blank: int) -> dict[str, Any]:
+    """L2 norms of the gradient by part; for the CTC head also of the blank's row and the mean of the other rows."""
+    squares: dict[str, float] = {}
+    for name, parameter in student.named_parameters():
+        if parameter.grad is not None:
+            group = group_of(name)
+            squares[group] = squares.get(group, 0.0) + float(parameter.grad.detach().float().square().sum())
+    row: dict[str, Any] = {"norms": {group: square**0.5 for group, square in squares.items()}}
+    head = student.ctc_head.weight.grad
+    if head is not None:
+        rows = head.detach().float().norm(dim=1)  # [V]
+        row["blank"] = float(rows[blank])
+        row["rows"] = float((rows.sum() - rows[blank]) / max(1, len(rows) - 1))
+    return row
+
+
+class FrozenParts:
+    """A copy of what must not move, compared with the student when its stage ends."""
+
+    def __init__(self, student: Student, prefixes: Sequence[str]) -> None:
+        self.copies = {name: value.clone() for name, value in _under(student, prefixes)}
+
+    def moved(self, student: Student) -> list[str]:
+        """Names of the parameters and buffers that changed."""
+        now = student.state_dict()
+        return [name for name, before in self.copies.items() if not torch.equal(before, now[name])]
+
+
+def _under(student: Student, prefixes: Sequence[str]) -> Iterable[tuple[str, Tensor]]:
+    return ((name, value) for name, value in student.state_dict().items() if name.startswith(tuple(prefixes)))
+
+
+def loaded(student: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """How many of the student's tensors are those of the checkpoint it starts from."""
+    own = student.state_dict()
+    differing = [name for name in own if name not in weights or not torch.equal(own[name], weights[name])]
+    return {"tensors": len(own) - len(differing), "of": len(own), "differing": differing}
+
+
+def data_card(
+    sides: Mapping[str, TrainingData],
+    meant: Mapping[str, Sequence[Recording]],
+    corpus: Iterable[Recording],
+    test_takes: Iterable[str],
+) -> dict[str, Any]:
+    """Whose audio was really opened, beside who was meant.
+
+    Args:
+        sides: `train` and `validation` as they were served; `meant`: their recordings as the split named them.
+        corpus: recordings that say whose a file is.
+    """
+    owner = {row.audio_filepath: row.speaker for rows in (*meant.values(), corpus) for row in rows}
+    card: dict[str, Any] = {"takes": {side: sorted({r.take for r in rows}) for side, rows in meant.items()}}
+    card["takes"]["test"] = sorted(test_takes)
+    for side, data in sides.items():
+        opened = list(data.opened.values())
+        card[side] = {
+            "meant": dict(sorted(Counter(row.speaker for row in meant[side]).items())),
+            "heard": dict(sorted(Counter(owner[path] for path in opened if path in owner).items())),
+            "files": len(set(opened)),
+            "strangers": len({path for path in opened if path not in owner}),
+        }
+    return card
+
+
+def write_data_card(out: Path, card: Mapping[str, Any]) -> None:
+    """RUN/data.json."""
+    write_atomically(out / DATA_CARD, json.dumps(card, indent=1))

@@ -1,0 +1,258 @@
+"""Everything that can be known to be wrong before the first step: a table of checks that pass, warn or refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+
+from xded.config import Config
+from xded.corpus.folds import Provenance, guard
+from xded.corpus.manifest import Recording
+from xded.errors import CheckpointError, ConfigError, CorpusError, XdedError
+from xded.findings import CHECKS, Examination, Finding
+from xded.models.checkpoints import load
+from xded.models.recogniser import load_weights, provenance_of, resolve
+from xded.models.student import Student
+from xded.objectives import ctc_frames_needed
+from xded.targets.store import Kind, Store, TargetError, audio_hash
+from xded.tokenizer import Tokenizer
+from xded.training.job import Job
+from xded.training.monitor import loaded
+
+LISTED = 5
+VOID = "the run could not learn what was meant, or its results would be void"
+# without these the loop cannot run at all, so that no --force helps
+NEVER_FORCED = frozenset(
+    {"tokenizer-mismatch", "unreachable-prompts", "unspellable", "target-coverage", "frame-count", "partial-load"}
+)
+Result = TypeVar("Result")
+
+
+class Gate(Examination):
+    """An examination that ends in a decision: go on, or refuse with the first error."""
+
+    def __init__(self, forced: frozenset[str]) -> None:
+        super().__init__()
+        unknown = sorted(forced - (CHECKS.keys() - NEVER_FORCED))
+        if unknown:
+            raise ConfigError(
+                f"--force {', '.join(unknown)}: no check that can be overridden.",
+                "Name the check that refused, as it is written in the message.",
+            )
+        self.forced = forced
+        self._errors: list[tuple[Finding, XdedError]] = []
+
+    def must(self, check: str, subject: str, test: Callable[[], Result], detail: str = "") -> Result | None:
+        """Runs a test that raises when something is wrong; the error becomes a refusal (and None the result)."""
+        try:
+            result = test()
+        except XdedError as error:
+            finding = Finding(check, "refuse", subject, error.problem, VOID, error.remedy)
+            self._errors.append((finding, error))
+            self.run(check, subject, lambda: [finding])
+            return None
+        self.run(check, subject, lambda: [], detail)
+        return result
+
+    def decide(self) -> None:
+        """Raises the worst refusal that is not overridden; all of them are named."""
+        refused = [f for f in self.at_least("refuse") if f.check not in self.forced]
+        if not refused:
+            return
+        first, *others = refused
+        errors = [error for finding, error in self._errors if finding == first]
+        error = errors[0] if errors else ConfigError(first.what, first.remedy)
+        more = f" Refused too: {'; '.join(f'{f.check}: {f.what}' for f in others)}" if others else ""
+        force = "" if first.check in NEVER_FORCED else f" (To go on all the same, recorded: --force {first.check}.)"
+        raise type(error)(error.problem + more, error.remedy + force)
+
+    def table(self) -> list[tuple[str, str, str]]:
+        """Rows of (verdict, check, what): worst first, then what passed."""
+        rows: list[tuple[str, str, str]] = []
+        rows += [("forced" if f.severity == "refuse" else f.severity, f.check, f.what) for f in self.findings]
+        for p in self.passed:
+            rows.append(("pass", p.check, CHECKS[p.check].title + (f" ({p.detail})" if p.detail else "")))
+        return rows
+
+
+def preflight(job: Job, student: Student, gate: Gate) -> tuple[dict[Kind, Store], tuple[Provenance, ...]]:
+    """Loads what the run starts from and looks at everything; nothing is decided yet (`Gate.decide`).
+
+    Returns:
+        Targets by kind, and what the run will have heard.
+    """
+    if not job.train:
+        raise CorpusError(f"{job.name} has no recording to train on.", "Hold out or exclude fewer speakers.")
+    everything = (*job.train, *job.validation)
+    texts = [r.text for r in everything]
+    gate.must(
+        "unreachable-prompts", job.name, lambda: job.tokenizer.self_test(texts, student.vocabulary),
+        f"{len(set(texts))} texts written and read back",
+    )  # fmt: skip
+    stores = open_targets(job, gate)
+    inherited: tuple[Provenance, ...] = ()
+    if job.config.train.init is not None:
+        inherited = gate.must("partial-load", job.name, lambda: initialise(job, student)) or ()
+    if job.config.objective.ctc:
+        gate.must("unspellable", job.name, lambda: check_spelling(job, student), f"{len(everything)} recordings")
+    frozen = [stage.freeze_encoder for stage in job.config.train.stages]
+    if sorted(frozen, reverse=True) != frozen:
+        raise ConfigError("A stage with a frozen encoder follows one that trains it.", "Put the frozen stages first.")
+    provenance = (
+        _heard(job.name, job.train),
+        *((_heard(f"model selection of {job.name}", job.validation),) if job.validation else ()),
+        *((_heard(f"normaliser of {job.name}", job.train),) if fits_normaliser(job.config) else ()),
+        *inherited,
+        *(p for store in stores.values() for p in store.index.provenance),
+    )
+    gate.must(
+        "leakage", job.name, lambda: guard(job.fold, provenance, job.test_takes),
+        f"{len(provenance)} sources, {len(job.test_takes)} test takes",
+    )  # fmt: skip
+    return stores, tuple(dict.fromkeys(provenance))
+
+
+def fits_normaliser(config: Config) -> bool:
+    """Whether the run measures a global mean and deviation: not when it starts from weights that know another."""
+    return config.features.normalisation == "global" and config.train.init is None
+
+
+def initialise(job: Job, student: Student) -> tuple[Provenance, ...]:
+    """Loads the weights that the run starts from; returns what they have heard."""
+    assert job.config.train.init is not None
+    path = resolve(job.config.train.init)
+    payload = load(path)
+    if payload.get("tokenizer_fingerprint") != job.tokenizer.fingerprint:
+        raise CheckpointError(
+            f"{path} was trained with another tokenizer (fingerprint {str(payload.get('tokenizer_fingerprint'))[:12]}, "
+            f"this run's is {job.tokenizer.fingerprint[:12]}).",
+            "Train with the checkpoint's own tokenizer (leave out --tokenizer), or start from scratch.",
+        )
+    load_weights(student, payload["model_state_dict"], path)
+    before, now = payload["config"].get("features", {}), job.config.features.model_dump(mode="json")
+    changed = [f"{key} {before.get(key)} (here {now[key]})" for key in now if before.get(key) != now[key]]
+    if changed:
+        raise CheckpointError(
+            f"{path} was trained on other features: {', '.join(changed)}.",
+            "Use the features of the checkpoint's config, or start from scratch.",
+        )
+    job.facts["loaded"] = loaded(student, payload["model_state_dict"])
+    if job.facts["loaded"]["differing"]:
+        raise CheckpointError(
+            f"Only {job.facts['loaded']['tensors']} of {job.facts['loaded']['of']} tensors of {path} were loaded.",
+            "Give the model the size in the checkpoint's config, or leave out --init.",
+        )
+    return provenance_of(payload)
+
+
+def open_targets(job: Job, gate: Gate) -> dict[Kind, Store]:
+    """The stores that the objective needs, checked against tokenizer, temperature and audio; `job.train` becomes what
+    they cover.
+    """
+    needed: list[Kind] = []
+    if job.config.objective.ctc_kd:
+        needed.append("ctc")
+    if job.config.objective.decoder_kd:
+        needed.append("decoder")
+    if not needed:
+        return {}
+    folder = job.config.targets
+    if folder is None:
+        raise ConfigError(
+            "The objective uses KD but no targets are given.", "Make them with 'xded targets', then --targets DIR."
+        )
+    stores = {kind: Store(folder / kind) for kind in needed}
+    for store in stores.values():
+        check_targets(store, job, gate)
+    kept = [r for r in job.train if all(r.recording in store for store in stores.values())]
+    if not kept:
+        raise TargetError(
+            f"The targets in {folder} cover none of the {len(job.train)} training recordings.",
+            "Make them anew from this corpus and fold: 'xded targets'.",
+        )
+    index = next(iter(stores.values())).index
+    job.facts["targets"] = f"{folder}, {len(kept)} of {len(job.train)} training recordings covered"
+    job.facts["teachers"] = f"{', '.join(index.teachers)} ({index.effective_teachers:.1f} effective)"
+    job.train = kept
+    return stores
+
+
+def check_targets(store: Store, job: Job, gate: Gate) -> None:
+    """Whether targets are of this tokenizer and temperature and of these recordings."""
+    where = str(store.folder)
+    gate.must("tokenizer-mismatch", where, lambda: check_fingerprint(store, job))
+    gate.must("temperature", where, lambda: check_temperature(store, job))
+    covered = [recording for recording in job.train if recording.recording in store]
+    gate.must("audio-hash", where, lambda: check_audio(store, covered), f"{len(covered)} recordings")
+    if store.index.kind == "decoder":
+        gate.must("frame-count", where, lambda: check_steps(store, covered, job.tokenizer))
+
+
+def check_fingerprint(store: Store, job: Job) -> None:
+    """Raises unless the targets are of the job's tokenizer."""
+    if store.index.tokenizer != job.tokenizer.fingerprint:
+        raise TargetError(
+            f"{store.folder} was made with another tokenizer (fingerprint {store.index.tokenizer[:12]}, this run's is "
+            f"{job.tokenizer.fingerprint[:12]}).",
+            "Use the teachers' tokenizer, or make the targets anew.",
+        )
+
+
+def check_temperature(store: Store, job: Job) -> None:
+    """Raises unless the targets are at the objective's temperature."""
+    made, wanted = store.index.temperature, job.config.objective.temperature
+    if abs(made - wanted) > 1e-6:
+        raise TargetError(
+            f"{store.folder} was made at temperature {made:g}; the objective says {wanted:g}.",
+            f"Make them anew with --temperature {wanted:g}, or train with {made:g}.",
+        )
+
+
+def check_audio(store: Store, recordings: Sequence[Recording]) -> None:
+    """Raises when a target describes other audio than its recording's."""
+    for recording in recordings:
+        if store.entry(recording.recording).audio_sha256 != audio_hash(recording):
+            raise TargetError(
+                f"{store.folder}: the target of '{recording.recording}' describes other audio (its SHA-256 differs).",
+                "Make the targets anew from this corpus: 'xded targets'.",
+            )
+
+
+def check_steps(store: Store, recordings: Sequence[Recording], tokenizer: Tokenizer) -> None:
+    """Raises when a decoder target has another number of steps than its text."""
+    for recording in recordings:
+        found = store.entry(recording.recording).steps
+        steps = len(tokenizer.encode(recording.text)) + 1  # </s> is a step
+        if found != steps:
+            raise TargetError(
+                f"{store.folder}: the target of '{recording.recording}' has {found} steps; "
+                f"its text '{recording.text}' has {steps}.",
+                "Make the targets anew from this corpus: 'xded targets'.",
+            )
+
+
+def _heard(what: str, recordings: Sequence[Recording]) -> Provenance:
+    return Provenance(what, frozenset(r.speaker for r in recordings), frozenset(r.take for r in recordings))
+
+
+def check_spelling(job: Job, student: Student) -> None:
+    """Raises when a text has more tokens than CTC can write in the recording's frames (at the fastest tempo)."""
+    rate = job.config.features.sample_rate
+    shortest = 1.0 - job.config.augment.tempo
+    problems = []
+    for recording, share in [*((r, shortest) for r in job.train), *((r, 1.0) for r in job.validation)]:
+        needed = ctc_frames_needed(job.tokenizer.encode(recording.text))
+        frames = int(student.encoded_frames(torch.tensor(round(recording.duration * rate * share))))
+        if needed > frames:
+            problems.append(f"{recording.recording} ('{recording.text}': {needed} frames needed, {frames} there)")
+    if problems:
+        raise CorpusError(
+            f"{len(problems)} recordings are too short for CTC to write their text: "
+            + "; ".join(problems[:LISTED])
+            + (" ..." if len(problems) > LISTED else "")
+            + ".",
+            "Leave them out of the manifest, use a tokenizer with longer pieces (--set tokenizer.kind=bpe), "
+            "or train without CTC (--ctc 0)" + (", or without augment.tempo." if job.config.augment.tempo else "."),
+        )
