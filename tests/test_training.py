@@ -172,7 +172,7 @@ def test_without_cross_entropy_the_decoder_learns_nothing_and_the_counts_say_so(
 
 
 def test_without_ctc_its_head_learns_nothing(corpus: Corpus, out: Path) -> None:
-    fit(job_for(corpus, out, train=ONE_EPOCH, objective={"ctc": 0.0}), quiet=True)
+    fit(job_for(corpus, out, train=ONE_EPOCH, objective={"ctc": 0.0}, decode={"mode": "decoder"}), quiet=True)
     assert not [name for name in with_gradient(out) if name.startswith("ctc_head.")]
     assert "decoder_head.weight" in with_gradient(out)
 
@@ -280,7 +280,7 @@ def test_a_text_longer_than_its_frames_names_the_recordings(corpus: Corpus, out:
     assert f"{long.recording} ('{long.text}': 59 frames needed, " in said
     assert "1 recordings are too short for CTC" in said
     assert "--ctc 0" in said
-    job = job_for(corpus, out, train=ONE_EPOCH, objective={"ctc": 0.0})
+    job = job_for(corpus, out, train=ONE_EPOCH, objective={"ctc": 0.0}, decode={"mode": "decoder"})
     job.train = [*job.train[:2], long]
     fit(job, quiet=True)  # the decoder alone can write it
 

@@ -192,9 +192,20 @@ class TrainConfig(Section):
     validate_every_epochs: int = Field(1, description="epochs between validations", ge=1)
     save_every_steps: int = Field(200, description="updates between rewrites of latest.pt", ge=1)
     checkpoint_every_epochs: int = Field(10, description="epochs between kept checkpoints", ge=1)
+    stop_on_collapse: bool = Field(
+        True, description="end a run that says the same whatever it hears and stops learning"
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    devices: int = Field(1, description="processes that share each batch, one a device, on each machine", ge=1)
+    nodes: int = Field(1, description="machines; more than one are started with torchrun or srun", ge=1)
     precision: str = Field("32-true", description="Lightning precision: 32-true, bf16-mixed, 16-mixed")
-    threads: int | None = Field(None, description="torch threads; none: torch's own choice", ge=1)
+    threads: int | None = Field(None, description="torch threads of a process; none: torch's own choice", ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.devices * self.nodes > self.batch_size:
+            raise ValueError(f"a batch of {self.batch_size} cannot be shared by {self.devices * self.nodes} devices")
+        return self
 
 
 class TeachConfig(Section):

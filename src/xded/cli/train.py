@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -56,6 +57,7 @@ def train(
     ] = False,
     seed: Annotated[int | None, typer.Option(help="Seed.")] = None,
     device: Annotated[str | None, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps.")] = None,
+    devices: Annotated[int | None, typer.Option(metavar="N", help="Devices that share each batch.")] = None,
     settings: SetOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from latest.pt.")] = False,
     force: Annotated[
@@ -75,7 +77,8 @@ def train(
         "fold.include_held_out": include_held_out or None, "targets": targets, "train.init": init,
         "tokenizer.path": tokenizer, "model.size": model_size, "objective.ctc": ctc,
         "objective.cross_entropy": cross_entropy, "objective.ctc_kd": ctc_kd, "objective.decoder_kd": decoder_kd,
-        "objective.temperature": temperature, "train.batch_size": batch_size, "train.device": device, "seed": seed,
+        "objective.temperature": temperature, "train.batch_size": batch_size, "train.device": device,
+        "train.devices": devices, "seed": seed,
     }  # fmt: skip
     if resume and config is None and out is not None and (out / "config.yaml").is_file():
         config = out / "config.yaml"
@@ -97,8 +100,11 @@ def with_last_stage(tree: Config, epochs: int | None, peak_lr: float | None) -> 
     return configs.override(tree, {"train.stages": (*stages[:-1], last)})
 
 
-def _tokenizer(corpus: Corpus, parts: Split, tree: Config, out: Path) -> Tokenizer:
-    """That of --tokenizer, else of the checkpoint to start from, else of the targets, else one is trained."""
+def _tokenizer(corpus: Corpus, parts: Split, tree: Config, out: Path, first: bool) -> Tokenizer:
+    """That of --tokenizer, else of the checkpoint to start from, else of the targets, else one is trained.
+
+    It is kept in `out` by the first of several processes; the others train the same one again.
+    """
     from xded import config as configs
     from xded.models.recogniser import load_recogniser
     from xded.teachers.adapt import load_or_train_tokenizer
@@ -108,6 +114,9 @@ def _tokenizer(corpus: Corpus, parts: Split, tree: Config, out: Path) -> Tokeniz
     if tree.tokenizer.path is None and tree.targets is not None and (tree.targets / TOKENIZER).is_file():
         tree = configs.override(tree, {"tokenizer.path": tree.targets / TOKENIZER})
     if not any(out.glob("*.pt")):
+        if not first:
+            with TemporaryDirectory() as folder:
+                return load_or_train_tokenizer(corpus, parts, tree, Path(folder) / TOKENIZER)
         (out / TOKENIZER).unlink(missing_ok=True)  # left by a run that was refused
     return load_or_train_tokenizer(corpus, parts, tree, out / TOKENIZER)
 
@@ -119,6 +128,7 @@ def run(tree: Config, out: Path | None, resume: bool, quiet: bool, force: frozen
     from xded.errors import ConfigError
     from xded.teachers.adapt import parts_of
     from xded.training.job import Job
+    from xded.training.processes import place_of
     from xded.training.run import fit
 
     if out is None:
@@ -126,13 +136,16 @@ def run(tree: Config, out: Path | None, resume: bool, quiet: bool, force: frozen
     corpus = read_corpus(need_corpus(tree))
     fold = make_fold(corpus, tree.fold)
     parts = parts_of(corpus, fold, tree)
-    tokenizer = _tokenizer(corpus, parts, tree, out)
+    place = place_of(tree.train)
+    first = place is None or place.first  # of several processes that torchrun or srun has started
+    tokenizer = _tokenizer(corpus, parts, tree, out, first)
     name = "student" if tree.objective.ctc_kd or tree.objective.decoder_kd else "supervised"
     job = Job(name, tree, parts.train, parts.validation, fold, frozenset(r.take for r in parts.test), tokenizer, out)
     job.force = force
     best = fit(job, resume=resume, quiet=quiet)
     held_out = " ".join(f"--held-out {speaker}" for speaker in fold.held_out)
-    typer.echo(f"{best}\nTest it: xded evaluate {best} {held_out}".rstrip())
+    if first:
+        typer.echo(f"{best}\nTest it: xded evaluate {best} {held_out}".rstrip())
 
 
 def _every_key() -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from xded.config import ModelConfig
 from xded.features import valid_mask
+from xded.models import collective
 
 
 class RecordingDropout(nn.Module):
@@ -38,7 +39,13 @@ class RecordingDropout(nn.Module):
 
 
 class MaskedBatchNorm(nn.BatchNorm1d):
-    """Batch norm over the valid frames only, so that padding changes nothing in training either."""
+    """Batch norm over the valid frames only, so that padding changes nothing in training either.
+
+    Processes that share a batch normalise with the statistics of the whole batch. `counted` says whether the
+    recordings of this process are part of it.
+    """
+
+    counted = True
 
     def forward(self, values: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
         """[B, T, D] and mask [B, T] -> [B, T, D] (padding undefined)."""
@@ -48,8 +55,31 @@ class MaskedBatchNorm(nn.BatchNorm1d):
             scale = self.weight * torch.rsqrt(self.running_var + self.eps)
             return (values - self.running_mean) * scale + self.bias
         output = torch.zeros_like(values)
-        output[mask] = super().forward(values[mask]).to(output.dtype)
+        normalise = super().forward if collective.count() == 1 else self._normalise_together
+        output[mask] = normalise(values[mask]).to(output.dtype)
         return output
+
+    def _normalise_together(self, values: Tensor) -> Tensor:
+        """Batch norm over the frames of all processes (as torch's SyncBatchNorm, which only GPUs have): [N, D].
+
+        In double precision, in which the variance may be the mean square less the squared mean.
+        """
+        own = (values if self.counted else values[:0]).double()
+        sums = torch.cat([own.new_tensor([len(own)]), own.sum(0), own.square().sum(0)])
+        count, total, squares = collective.total(sums).split([1, self.num_features, self.num_features])
+        mean = total / count
+        variance = squares / count - mean.square()
+        with torch.no_grad():
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            assert self.num_batches_tracked is not None
+            assert self.momentum is not None
+            unbiased = variance * count / (count - 1)
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        scale = self.weight * torch.rsqrt(variance + self.eps).to(self.weight.dtype)
+        return (values - mean.to(self.weight.dtype)) * scale + self.bias
 
 
 class Subsampling(nn.Module):

@@ -69,6 +69,12 @@ def batches_of_epoch(lengths: tuple[int, ...], batch_size: int, seed: int, epoch
     return tuple(batches[i] for i in random.permutation(len(batches)))
 
 
+def batch_of(lengths: tuple[int, ...], batch_size: int, seed: int, number: int) -> tuple[int, tuple[int, ...]]:
+    """Epoch (from 0) and indices of a batch, by its number in the whole run."""
+    epoch, place = divmod(number, -(-len(lengths) // batch_size))
+    return epoch, batches_of_epoch(lengths, batch_size, seed, epoch)[place]
+
+
 def compute_features(path: Path, front_end: LogMel) -> np.ndarray:
     """Features of a file: [T, mels] float32."""
     waveform = read_audio(path, front_end.config.sample_rate)
@@ -88,21 +94,27 @@ def _front_end(config: FeatureConfig) -> LogMel:
 
 
 class RunSampler(Sampler[list[tuple[int, int]]]):
-    """All batches of a run in one sequence, from `first` on: lists of (epoch, index)."""
+    """All batches of a run in one sequence, from `first` on: lists of (epoch, index).
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, epochs: int, first: int = 0) -> None:
+    Of `count` processes each gets every count-th recording of a batch. One for which nothing is left gets the first
+    recording, which does not count (`Loop`): every process has to take part in every batch.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, seed: int, epochs: int, first: int = 0, *,
+        rank: int = 0, count: int = 1,
+    ) -> None:  # fmt: skip
         self.lengths, self.batch_size, self.seed = tuple(lengths), batch_size, seed
-        self.per_epoch = -(-len(lengths) // batch_size)
-        self.first, self.total = first, self.per_epoch * epochs
+        self.first, self.total = first, -(-len(lengths) // batch_size) * epochs
+        self.rank, self.count = rank, count
 
     def __len__(self) -> int:
         return self.total - self.first
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for number in range(self.first, self.total):
-            epoch, place = divmod(number, self.per_epoch)
-            batch = batches_of_epoch(self.lengths, self.batch_size, self.seed, epoch)[place]
-            yield [(epoch, index) for index in batch]
+            epoch, batch = batch_of(self.lengths, self.batch_size, self.seed, number)
+            yield [(epoch, index) for index in batch[self.rank :: self.count] or batch[:1]]
 
 
 def align_by_time(posterior: Posterior, frames: int, target_rate_hz: float, student_rate_hz: float) -> Posterior:
@@ -149,6 +161,7 @@ class TrainingData(Dataset[dict]):
         self.encoded: list[Tensor] | None = None  # outputs of the frozen encoder
         self.frozen_epochs = 0  # epochs in which they are served
         self.opened: dict[str, Path] = {}  # recording -> the file whose audio was served for it
+        self.spread: dict[str, float] = {}  # recording -> standard deviation of its features before augmentation
         self._features: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
@@ -178,6 +191,7 @@ class TrainingData(Dataset[dict]):
             frames = len(self.encoded[index])
         else:
             features = self.features(index)
+            self.spread.setdefault(recording.recording, float(features.std()))
             if self.augmentation is not None:
                 features = augment(features, self.augmentation, np.random.default_rng([self.seed, epoch, index, 1]))
             row["features"] = torch.from_numpy(features)

@@ -2,6 +2,9 @@
 
 Every batch is numbered through the whole run. Order, augmentation, dropout, learning rate and stage are pure
 functions of that number and the seed, so a run that goes on from a checkpoint ends bit-identical.
+
+Several processes may share each batch (`train.devices`). All of them run all of this and take the same decisions:
+what decides (loss, gradients, scores, a request to stop) is that of all. The first one alone writes and validates.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +22,41 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from xded import objectives
+from xded.checks.learning import collapsed
 from xded.config import Config
 from xded.errors import EXIT_INTERRUPTED, GO_ON, TrainingError
 from xded.features import valid_mask
+from xded.findings import Finding
+from xded.models import collective
+from xded.models.conformer import MaskedBatchNorm
 from xded.models.student import Student, decoder_input
 from xded.tokenizer import Tokenizer
-from xded.training.data import Batch, TrainingData
+from xded.training.data import Batch, TrainingData, batch_of
 from xded.training.monitor import FrozenParts, gradient_norms, unused_parts
 from xded.training.schedule import Schedule
 from xded.training.status import is_logged
 
 GRADIENT_WATCH = 4  # batches at the start of each epoch in which gradients are looked for
 MEASURES = ("frames", "teacher_forced")  # beside the parts of the loss
+STOPPED_AT_ONCE = "Stopped at once; updates since the last save are lost."
+NEXT_PROCESS = 7_368_787_200_000_049  # between the random states of the processes that share a batch
 
 
 class InterruptedRunError(TrainingError):
     """The user or the system asked the run to stop; latest.pt holds everything."""
 
     exit_code = EXIT_INTERRUPTED
+
+
+class CollapsedRunError(TrainingError):
+    """The run says the same whatever it hears, and will not learn anything else; `finding` says why."""
+
+    def __init__(self, finding: Finding) -> None:
+        super().__init__(f"Stopped: {finding.what}", finding.remedy)
+        self.finding = finding
+
+    def __reduce__(self) -> tuple[type[CollapsedRunError], tuple[Finding]]:  # on its way from another process
+        return type(self), (self.finding,)
 
 
 def loss_parts(student: Student, batch: Batch, config: Config, tokenizer: Tokenizer) -> dict[str, Tensor]:
@@ -118,6 +138,7 @@ class Loop(L.LightningModule):
         super().__init__()
         self.student, self.run_config, self.schedule, self.tokenizer = student, config, schedule, tokenizer
         self.data, self.out, self.validate, self.watch, self.extra = data, out, validate, watch, extra
+        self.lengths = tuple(data.lengths)
         self.first_batch = 0
         self.restored: dict[str, Any] | None = None
         self.sums: dict[str, float] = {}
@@ -127,6 +148,7 @@ class Loop(L.LightningModule):
         self.pending: list[str] = []  # recordings of the update under way
         self.save_due = False
         self.stop_requested = threading.Event()
+        self.stopping = False  # some process was asked to
         self.gradient_norm = 0.0
         self.last_saved = 0
         self.stage = -1
@@ -134,6 +156,8 @@ class Loop(L.LightningModule):
         self.frozen: FrozenParts | None = None
         self.trainable: set[str] = set()
         self.skipped = 0  # batches that led to no update
+        self.history: list[dict[str, Any]] = []  # one row an epoch
+        self.hopeless: Finding | None = None
         self.current = 0
 
     # --- start and resume -------------------------------------------------------------------------------
@@ -147,6 +171,7 @@ class Loop(L.LightningModule):
         self.last_epoch = dict(checkpoint["last_epoch"])
         self.with_gradient = set(checkpoint["with_gradient"])
         self.trainable, self.skipped = set(checkpoint["trainable"]), int(checkpoint["skipped"])
+        self.history = list(checkpoint["history"])
         self.last_saved = self.first_batch // self.schedule.accumulate
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -211,29 +236,53 @@ class Loop(L.LightningModule):
         self.watch_frozen(stage)
         self.set_stage(stage)
         self.current = number
-        torch.manual_seed((self.run_config.seed * 1_000_003 + number) % 2**63)
+        own = collective.rank() * NEXT_PROCESS
+        torch.manual_seed((self.run_config.seed * 1_000_003 + number + own) % 2**63)
         rate = self.schedule.learning_rate(number // self.schedule.accumulate)
         for group in self.optimizers().param_groups:  # type: ignore[union-attr]
             group["lr"] = rate
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of a batch.
+        """Loss of a batch, times the part in it of this process and, because DDP takes the mean, their number.
 
         Raises:
             TrainingError: it is not finite; the recordings are named and nothing has been updated.
         """
+        share = self._share(self.number(batch_idx))
+        for module in self.student.modules():
+            if isinstance(module, MaskedBatchNorm):
+                module.counted = share > 0
         parts = loss_parts(self.student, batch, self.run_config, self.tokenizer)
         loss = weighted_sum(parts, self.run_config)
-        self.pending += batch.recordings
-        if not torch.isfinite(loss):
-            self._refuse(f"the loss is {float(loss.detach())}")
-        for name, value in {"loss": loss, **parts}.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value.detach())
+        self.pending += batch.recordings if share else []
+        values = self._of_all({"loss": loss, **parts}, share)
+        if not math.isfinite(values["loss"]):
+            self._refuse(f"the loss is {values['loss']}")
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
         self.sums["batches"] = self.sums.get("batches", 0.0) + 1
-        return loss
+        return loss * (share * collective.count())
+
+    def _share(self, number: int) -> float:
+        """Part of a batch's recordings that this process has."""
+        if collective.count() == 1:
+            return 1.0
+        _, whole = batch_of(self.lengths, self.run_config.train.batch_size, self.run_config.seed, number)
+        return len(whole[collective.rank() :: collective.count()]) / len(whole)
+
+    def _of_all(self, values: Mapping[str, Tensor], share: float) -> dict[str, float]:
+        """Values of the whole batch, of means over the recordings of each process; also whether any is to stop."""
+        if collective.count() == 1:
+            return {name: float(value.detach()) for name, value in values.items()}
+        asked = self.stop_requested.is_set()
+        own = torch.stack([value.detach().double() for value in values.values()]) * share
+        *sums, stopping = collective.total(torch.cat([own, own.new_tensor([asked])])).tolist()
+        self.stopping = stopping > 0
+        return dict(zip(values, sums, strict=True))
 
     def _refuse(self, what: str) -> None:
-        shown = ", ".join(self.pending[:16]) + (" ..." if len(self.pending) > 16 else "")
+        recordings = [recording for own in collective.everyones(self.pending) for recording in own]
+        shown = ", ".join(recordings[:16]) + (" ..." if len(recordings) > 16 else "")
         raise TrainingError(
             f"Training stopped before an update: {what}, in the batch of recordings {shown}.",
             f"Check them with 'xded corpus check'; weights before this update are in {self.out / 'latest.pt'}.",
@@ -279,11 +328,14 @@ class Loop(L.LightningModule):
         if ends_epoch:
             self._end_epoch(number)
         self.save_due |= ends_epoch or update - self.last_saved >= self.run_config.train.save_every_steps
-        if updated and (self.save_due or self.stop_requested.is_set()):
+        stopping = self.stopping if collective.count() > 1 else self.stop_requested.is_set()
+        if updated and (self.save_due or stopping):
             self.save(self.out / "latest.pt", number)
             self.save_due, self.last_saved = False, update
-        if updated and self.stop_requested.is_set() and number + 1 < self.total_batches:
+        if updated and stopping and number + 1 < self.total_batches:
             raise InterruptedRunError(f"Stopped on request after update {update}.", GO_ON)
+        if updated and self.hopeless is not None and number + 1 < self.total_batches:
+            raise CollapsedRunError(self.hopeless)
 
     def update_of(self, number: int) -> int:
         """Update (from 1) that a batch belongs to; the last one may have fewer batches than the others."""
@@ -320,14 +372,15 @@ class Loop(L.LightningModule):
         self.sums = {}
         measured: dict[str, float] = {}
         if due:
-            measured = self.validate(self.student)
+            measured = collective.everyones(self.validate(self.student) if collective.rank() == 0 else {})[0]
             self.stage = -1  # validation left everything in eval mode: the next batch sets the stage anew
         self.last_epoch = {
             "train_loss": means["loss"],
             "val_loss": measured.get("val_loss", self.last_epoch["val_loss"]),
         }
         row = {f"train_{name}": value for name, value in means.items()}
-        self.watch("epoch", {"epoch": epoch, "update": self.update_of(number), **row, **measured})
+        self.history.append({"epoch": epoch, "update": self.update_of(number), **row, **measured})
+        self.watch("epoch", self.history[-1])
         better = not self.best or (measured.get("wra", 0.0), -measured.get("val_loss", 0.0)) > (
             self.best.get("wra", 0.0),
             -self.best.get("val_loss", 0.0),
@@ -337,6 +390,8 @@ class Loop(L.LightningModule):
             self.save(self.out / "best.pt", number)
         if epoch % self.run_config.train.checkpoint_every_epochs == 0:
             self.save(self.out / f"checkpoint_epoch_{epoch}.pt", number)
+        if measured and self.run_config.train.stop_on_collapse:
+            self.hopeless = collapsed(self.history, self.schedule.epochs, str(self.out))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what resuming and using the model need."""
@@ -352,6 +407,7 @@ class Loop(L.LightningModule):
             with_gradient=sorted(self.with_gradient),
             trainable=sorted(self.trainable),
             skipped=self.skipped,
+            history=list(self.history),
         )
 
     def save(self, path: Path, number: int) -> None:
@@ -372,19 +428,19 @@ class Loop(L.LightningModule):
 
 
 class StopOnSignal(L.Callback):
-    """Turns the first Ctrl-C or SIGTERM into 'finish the update, save, stop'; a second one stops at once.
+    """Turns the first of its signals into 'finish the update, save, stop'; a second one stops at once.
 
     A callback, because Lightning installs a SIGTERM handler of its own that ends the run after the batch without
     saving: this one takes its place when training starts. Lightning puts the caller's handlers back at the end.
     """
 
-    def __init__(self, event: threading.Event) -> None:
-        self.event = event
+    def __init__(self, event: threading.Event, signals: Collection[int] = (signal.SIGINT, signal.SIGTERM)) -> None:
+        self.event, self.signals = event, signals
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Installs the handlers (possible in the main thread only)."""
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in self.signals:
                 signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: Any) -> None:

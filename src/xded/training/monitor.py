@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -100,6 +101,7 @@ def data_card(
             "heard": dict(sorted(Counter(owner[path] for path in opened if path in owner).items())),
             "files": len(set(opened)),
             "strangers": len({path for path in opened if path not in owner}),
+            "spread": fmean(data.spread.values()) if data.spread else None,
         }
     return card
 

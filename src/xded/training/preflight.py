@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
 
+from xded.checks import data, labels, targets, training
 from xded.config import Config
 from xded.corpus.folds import Provenance, guard
 from xded.corpus.manifest import Recording
@@ -65,7 +67,9 @@ class Gate(Examination):
         errors = [error for finding, error in self._errors if finding == first]
         error = errors[0] if errors else ConfigError(first.what, first.remedy)
         more = f" Refused too: {'; '.join(f'{f.check}: {f.what}' for f in others)}" if others else ""
-        force = "" if first.check in NEVER_FORCED else f" (To go on all the same, recorded: --force {first.check}.)"
+        force = (
+            "" if first.check in NEVER_FORCED else f" To go on all the same (it is recorded): --force {first.check}."
+        )
         raise type(error)(error.problem + more, error.remedy + force)
 
     def table(self) -> list[tuple[str, str, str]]:
@@ -111,7 +115,39 @@ def preflight(job: Job, student: Student, gate: Gate) -> tuple[dict[Kind, Store]
         "leakage", job.name, lambda: guard(job.fold, provenance, job.test_takes),
         f"{len(provenance)} sources, {len(job.test_takes)} test takes",
     )  # fmt: skip
+    look_at_data(job, gate)
+    look_at_settings(job, stores, gate)
     return stores, tuple(dict.fromkeys(provenance))
+
+
+def look_at_data(job: Job, gate: Gate) -> None:
+    """Whose audio, which labels, which split: from the manifest's rows alone."""
+    everything = (*job.train, *job.validation)
+    parts = {"train": job.train, "validation": job.validation}
+    sides: dict[str, Collection[str]] = {side: {r.take for r in rows} for side, rows in parts.items()}
+    if job.fold.include_held_out:  # else the leakage guard says more of the held-out speakers
+        sides["test"] = job.test_takes
+    spoken = data.spoken_takes(everything) | data.spoken_by_name(take for takes in sides.values() for take in takes)
+    detail = f"{len(everything)} recordings"
+    gate.run("shared-takes", job.name, lambda: data.shared_takes(sides, spoken, job.name), detail)
+    gate.run("wrong-audio", job.name, lambda: labels.wrong_files(everything, job.name), detail)
+    gate.run("duplicates", job.name, lambda: labels.duplicates(everything, job.name), detail)
+    gate.run("labels", job.name, lambda: labels.labels(everything, job.name), detail)
+
+
+def look_at_settings(job: Job, stores: Mapping[Kind, Store], gate: Gate) -> None:
+    """Heads that are decoded but not trained, teachers that have no say."""
+    config = job.config
+    gate.run(
+        "untrained-head", job.name,
+        lambda: training.untrained_head(
+            job.name, training.heads_of(config.decode), training.trained_heads(config.objective),
+            "the config's decode section", inherited=config.train.init is not None,
+        ),
+    )  # fmt: skip
+    for store in stores.values():
+        where = str(store.folder)
+        gate.run("effective-teachers", where, partial(targets.effective_teachers, store.index, where))
 
 
 def fits_normaliser(config: Config) -> bool:
@@ -166,6 +202,8 @@ def open_targets(job: Job, gate: Gate) -> dict[Kind, Store]:
     stores = {kind: Store(folder / kind) for kind in needed}
     for store in stores.values():
         check_targets(store, job, gate)
+    for store in stores.values():
+        gate.run("target-coverage", str(folder), partial(targets.coverage, store.index, job.train, str(store.folder)))
     kept = [r for r in job.train if all(r.recording in store for store in stores.values())]
     if not kept:
         raise TargetError(
@@ -254,5 +292,6 @@ def check_spelling(job: Job, student: Student) -> None:
             + (" ..." if len(problems) > LISTED else "")
             + ".",
             "Leave them out of the manifest, use a tokenizer with longer pieces (--set tokenizer.kind=bpe), "
-            "or train without CTC (--ctc 0)" + (", or without augment.tempo." if job.config.augment.tempo else "."),
+            "or train without CTC (--ctc 0 --set decode.mode=decoder)"
+            + (", or without augment.tempo." if job.config.augment.tempo else "."),
         )

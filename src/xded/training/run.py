@@ -7,10 +7,12 @@ import logging
 import os
 import platform
 import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -26,22 +28,27 @@ from xded.config import Config, StageConfig
 from xded.corpus.folds import Provenance
 from xded.corpus.manifest import read_corpus
 from xded.errors import GO_ON, ConfigError, TrainingError
+from xded.findings import Finding
 from xded.models.checkpoints import FREE_SPACE, AtomicCheckpointIO, disk_is_full, load_latest
-from xded.models.recogniser import describe, pick_device, provenance_of
+from xded.models.collective import everyones, leave
+from xded.models.recogniser import describe, provenance_of
 from xded.models.student import Student
 from xded.targets.store import Kind, Store
 from xded.training.data import RunSampler, TrainingData, collate
 from xded.training.evaluation import batches, validate
 from xded.training.job import Job
-from xded.training.loop import InterruptedRunError, Loop, StopOnSignal
-from xded.training.monitor import data_card, write_data_card
+from xded.training.launching import launch
+from xded.training.loop import STOPPED_AT_ONCE, CollapsedRunError, InterruptedRunError, Loop, StopOnSignal
+from xded.training.monitor import data_card, unused_parts, write_data_card
 from xded.training.preflight import LISTED, Gate, fits_normaliser, preflight
+from xded.training.processes import ALONE, Place, device_of, place_of, strategy_of
 from xded.training.schedule import Schedule
-from xded.training.status import RunLog, read_status, write_atomically
+from xded.training.status import NoLog, RunLog, close_for, read_status, write_atomically
 
 FINDINGS = "findings.json"
 PATHS = {"corpus", "targets", "train.init", "tokenizer.path"}
-NOT_COMPARED = {"train.device", "train.threads"}  # a run may go on somewhere else
+# a run may go on somewhere else
+NOT_COMPARED = {"train.device", "train.devices", "train.nodes", "train.threads"}
 
 
 def is_finished(out: Path) -> bool:
@@ -49,14 +56,15 @@ def is_finished(out: Path) -> bool:
     return (out / "status.json").is_file() and (out / "best.pt").is_file() and read_status(out)["state"] == "finished"
 
 
-def fit(job: Job, *, resume: bool = False, quiet: bool = False) -> Path:
-    """Trains; returns the path of `best.pt`.
+def fit(job: Job, *, resume: bool = False, quiet: bool = False, place: Place | None = None) -> Path:
+    """Trains, in as many processes as the config says; returns the path of `best.pt`.
 
     Args:
         job: what to train.
         resume: go on from `latest.pt` (from the start when the run was stopped before the first save), or return at
             once when the run is finished.
         quiet: write nothing to the console.
+        place: which of the run's processes this one is; none: that is found out, or the processes are launched.
 
     Raises:
         XdedError: anything wrong with the input is said before the first step; nothing is lost.
@@ -68,9 +76,14 @@ def fit(job: Job, *, resume: bool = False, quiet: bool = False) -> Path:
     going_on = resume and any(out.glob("latest*.pt"))
     if not resume and any(out.glob("*.pt")):
         raise ConfigError(f"{out} already holds a run.", "Go on with --resume, or choose another --out.")
+    place = place or place_of(job.config.train)
+    if place is None:
+        return fit_in_processes(job, resume=resume, quiet=quiet)
     if job.config.train.threads:
         torch.set_num_threads(job.config.train.threads)
-    device = pick_device(job.config.train.device)
+        if place.count > 1:
+            os.environ["OMP_NUM_THREADS"] = str(job.config.train.threads)  # Lightning would choose a number
+    device = device_of(job.config.train, place)
     torch.manual_seed(job.config.seed)
     student = Student(job.config.model, job.tokenizer.size, job.config.features)
     checkpoint, warning = load_latest(out) if going_on else (None, None)
@@ -87,11 +100,36 @@ def fit(job: Job, *, resume: bool = False, quiet: bool = False) -> Path:
     if fits_normaliser(job.config):
         rate = job.config.features.sample_rate
         student.front_end.fit(read_audio(recording.audio_filepath, rate) for recording in job.train)
-    out.mkdir(parents=True, exist_ok=True)
-    write_run_files(job)
-    write_atomically(out / FINDINGS, json.dumps(gate.to_dict() | {"forced": sorted(job.force)}, indent=1))
+    if place.first:
+        out.mkdir(parents=True, exist_ok=True)
+        write_run_files(job)
+        keep_findings(out, gate)
     job.facts |= {"preflight": gate.table(), "forced": sorted(job.force)}
-    return run(job, student, stores, provenance, checkpoint, warning, device, quiet)
+    return run(job, student, stores, provenance, checkpoint, warning, device, quiet, place)
+
+
+def fit_in_processes(job: Job, *, resume: bool, quiet: bool) -> Path:
+    """`fit` in processes of its own, one a device; what ends them early is in the run folder's status."""
+    status = job.out / "status.json"
+    before = status.stat().st_mtime_ns if status.is_file() else None
+    # after a frozen stage DDP would say that it looks for parameters without a gradient in vain
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    try:
+        launch(partial(_fit_as, job, resume, quiet), job.config.train.devices)
+    except BaseException as error:
+        known = understood(error, job.out)
+        if status.is_file() and status.stat().st_mtime_ns != before:  # they had begun
+            with suppress(OSError):
+                close_for(job.out, state_after(known), str(known))
+        if known is error:
+            raise
+        raise known from error
+    return job.out / "best.pt"
+
+
+def _fit_as(job: Job, resume: bool, quiet: bool, rank: int, folder: Path) -> None:
+    """`fit` as one of several processes, which meet in a folder."""
+    fit(job, resume=resume, quiet=quiet, place=Place(rank, job.config.train.devices, rank, folder / "meeting"))
 
 
 def check_same_config(old: Mapping[str, Any], job: Job) -> None:
@@ -131,6 +169,7 @@ def write_run_files(job: Job) -> None:
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
+        "processes": job.config.train.devices * job.config.train.nodes,
         "packages": {name: version(name) for name in packages},
     }
     write_atomically(job.out / "env.json", json.dumps(env, indent=1))
@@ -156,6 +195,24 @@ def facts_of(
     return {**facts, **job.facts}
 
 
+def open_log(
+    job: Job, facts: dict[str, Any], student: Student, checkpoint: dict[str, Any] | None, quiet: bool
+) -> RunLog:
+    """The log of a run that starts, or goes on from a checkpoint: what was logged after it is dropped."""
+    first_update = 0 if checkpoint is None else (int(checkpoint["batch"]) + 1) // job.config.train.accumulate
+    RunLog.forget_after(job.out, first_update)
+    log = RunLog(job.out, facts, {n: p.numel() for n, p in student.named_parameters()}, quiet=quiet)
+    log.row("start", {"update": first_update, "resumed": checkpoint is not None})
+    log.table(job.facts["preflight"])
+    return log
+
+
+def everyone_opened(data: TrainingData) -> None:
+    """Adds to what this process has opened what the others have."""
+    for opened in everyones({recording: str(path) for recording, path in data.opened.items()}):
+        data.opened |= {recording: Path(path) for recording, path in opened.items()}
+
+
 def encode_once(student: Student, data: TrainingData, batch_size: int) -> list[torch.Tensor]:
     """Outputs of the (frozen) encoder for every recording, without augmentation: [T', D] each."""
     student.eval()
@@ -178,6 +235,7 @@ def run(
     warning: str | None,
     device: torch.device,
     quiet: bool,
+    place: Place,
 ) -> Path:
     """The part of `fit` after all checks."""
     config = job.config
@@ -197,81 +255,106 @@ def run(
     held_back = TrainingData(job.validation, student.front_end, job.tokenizer)
     corpus = read_corpus(config.corpus).recordings if config.corpus and config.corpus.exists() else ()
     schedule = Schedule.of(config.train, stages, -(-len(data) // config.train.batch_size))
-    first_update = 0 if checkpoint is None else (int(checkpoint["batch"]) + 1) // config.train.accumulate
-    RunLog.forget_after(job.out, first_update)
-    log = RunLog(
-        job.out,
-        facts_of(job, student, stages, provenance),
-        {n: p.numel() for n, p in student.named_parameters()},
-        quiet=quiet,
-    )
-    log.row("start", {"update": first_update, "resumed": checkpoint is not None})
-    log.table(job.facts["preflight"])
+    facts = facts_of(job, student, stages, provenance)
+    log = open_log(job, facts, student, checkpoint, quiet) if place.first else NoLog()
+    if warning:
+        log.line(warning)
 
     def watch(event: str, row: dict[str, Any]) -> None:
         log(event, row)
-        if event == "epoch" and len(data.opened) == len(data):  # every recording was served in this process
-            sides, meant = {"train": data, "validation": held_back}, {"train": job.train, "validation": job.validation}
-            write_data_card(job.out, data_card(sides, meant, corpus, job.test_takes))
+        if event == "epoch":
+            everyone_opened(data)
+            if place.first and len(data.opened) == len(data):  # every recording was served since the run was started
+                sides = {"train": data, "validation": held_back}
+                meant = {"train": job.train, "validation": job.validation}
+                write_data_card(job.out, data_card(sides, meant, corpus, job.test_takes))
 
     loop = Loop(
         student, config, schedule, job.tokenizer, data, job.out,
         validate=partial(validate, data=held_back, config=config), watch=watch,
         extra=describe(job.tokenizer, config, job.name, provenance),
     )  # fmt: skip
-    if warning:
-        log.line(warning)
     if checkpoint is not None:
         loop.restore(checkpoint)
     frozen_epochs = sum(s.epochs for s in stages if s.freeze_encoder)
     if schedule.epoch_of_batch(loop.first_batch) < frozen_epochs:
         data.frozen_epochs, data.encoded = frozen_epochs, encode_once(student, data, config.decode.batch_size)
-    sampler = RunSampler(data.lengths, config.train.batch_size, config.seed, schedule.epochs, loop.first_batch)
-    loader = DataLoader(data, batch_sampler=sampler, collate_fn=partial(collate, eos=job.tokenizer.eos))
-    train_to_end(make_trainer(config, device, StopOnSignal(loop.stop_requested)), loop, loader, log)
+    train_to_end(loop, device, log, place)
     student.cpu()
-    if not (job.out / "best.pt").is_file():
+    if place.first and not (job.out / "best.pt").is_file():
         shutil.copyfile(job.out / "latest.pt", job.out / "best.pt")
     log.close("finished")
     return job.out / "best.pt"
 
 
-def train_to_end(trainer: L.Trainer, loop: Loop, loader: DataLoader, log: RunLog) -> None:
+def keep_findings(out: Path, said: Gate | Finding) -> None:
+    """findings.json: what the pre-flight said, and later what ended the run."""
+    path = out / FINDINGS
+    if isinstance(said, Gate):
+        kept = said.to_dict() | {"forced": sorted(said.forced)}
+    else:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept["findings"] = [asdict(said), *kept["findings"]]
+    write_atomically(path, json.dumps(kept, indent=1))
+
+
+def train_to_end(loop: Loop, device: torch.device, log: RunLog | NoLog, place: Place) -> None:
     """Lightning's `fit`; whatever ends it early is in the run folder's status before it is raised."""
+    data, config = loop.data, loop.run_config
+    sampler = RunSampler(
+        data.lengths, config.train.batch_size, config.seed, loop.schedule.epochs, loop.first_batch,
+        rank=place.rank, count=place.count,
+    )  # fmt: skip
+    loader = DataLoader(data, batch_sampler=sampler, collate_fn=partial(collate, eos=loop.tokenizer.eos))
+    # Ctrl-C comes to spawned processes as a SIGTERM
+    signals = (signal.SIGTERM,) if place.meeting else (signal.SIGINT, signal.SIGTERM)
     try:
-        trainer.fit(loop, loader)
+        make_trainer(config, device, StopOnSignal(loop.stop_requested, signals), place).fit(loop, loader)
     except BaseException as error:
         known = understood(error, loop.out)
-        state = "stopped" if isinstance(known, InterruptedRunError) else "failed"
         with suppress(OSError):  # a full disk has no room for last words: the error itself says them
-            log.close(state, str(known) or type(known).__name__)
+            if place.first and isinstance(known, CollapsedRunError):
+                keep_findings(loop.out, known.finding)
+            log.close(state_after(known), str(known) or type(known).__name__)
         if known is error:
             raise
         raise known from error
+    leave()
+
+
+def state_after(error: BaseException) -> str:
+    """State of a run that an error has ended."""
+    return "stopped" if isinstance(error, InterruptedRunError) else "failed"
 
 
 def understood(error: BaseException, out: Path) -> BaseException:
     """What Lightning or the system raised, as an error of this project where there is a remedy."""
     if isinstance(error, (KeyboardInterrupt, SystemExit)):  # Lightning turns Ctrl-C into SystemExit
-        return InterruptedRunError("Stopped at once; updates since the last save are lost.", GO_ON)
+        return InterruptedRunError(STOPPED_AT_ONCE, GO_ON)
     if disk_is_full(error):
         return TrainingError(f"The disk is full: nothing more can be written to {out}.", FREE_SPACE)
     return error
 
 
-def make_trainer(config: Config, device: torch.device, stop: StopOnSignal) -> L.Trainer:
+def make_trainer(config: Config, device: torch.device, stop: StopOnSignal, place: Place = ALONE) -> L.Trainer:
     """Lightning without its own progress bar, logger and checkpoint callback."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for part in ("pytorch", "fabric"):
+        logging.getLogger(f"lightning.{part}").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    some_frozen = config.train.freeze_layers or any(stage.freeze_encoder for stage in config.train.stages)
+    strategy, plugins = strategy_of(place, device, bool(some_frozen or unused_parts(config.objective)))
+    one = [device.index or 0] if device.type == "cuda" else 1
     return L.Trainer(
         accelerator="gpu" if device.type == "cuda" else device.type,
-        devices=[device.index or 0] if device.type == "cuda" else 1,
+        devices=one if place.count == 1 else config.train.devices,
+        num_nodes=config.train.nodes,
+        strategy=strategy,
         precision=config.train.precision,  # type: ignore[arg-type]
         max_epochs=1,  # one pass of RunSampler is the whole run
         accumulate_grad_batches=config.train.accumulate,
         gradient_clip_val=config.train.gradient_clip,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), *plugins],
         callbacks=[stop],
         logger=False,
         enable_checkpointing=False,

@@ -50,13 +50,14 @@ def read_status(run: Path) -> dict[str, Any]:
         for file in sorted(run.glob("*.pt"))
     ]
     here = status.get("host") == platform.node()  # elsewhere a process cannot be looked up
-    if status["state"] == "running" and here and not _alive(status.get("pid")):
+    if status["state"] == "running" and here and not is_alive(status.get("pid")):
         status["state"] = "killed"
         status["next"] = GO_ON
     return status
 
 
-def _alive(pid: int | None) -> bool:
+def is_alive(pid: int | None) -> bool:
+    """Whether a process of this machine is there."""
     if not pid:
         return False
     try:
@@ -132,6 +133,19 @@ def render(status: dict[str, Any]) -> str:
 def now() -> str:
     """Local time to the second, with its zone."""
     return datetime.now(UTC).astimezone().isoformat(timespec="seconds")
+
+
+def write_status(out: Path, status: dict[str, Any]) -> None:
+    """Rewrites status.json and STATUS.md."""
+    write_atomically(out / "status.json", json.dumps(status, indent=1))
+    files = [file.name for file in sorted(out.glob("*.pt"))]
+    write_atomically(out / "STATUS.md", render({**status, "checkpoints": files}))
+
+
+def close_for(out: Path, state: str, message: str) -> None:
+    """Last words of a run whose own process knew less of its end, or nothing any more."""
+    status = json.loads((out / "status.json").read_text(encoding="utf-8"))
+    write_status(out, {**status, "state": state, "message": message, "expected_finish": None, "updated": now()})
 
 
 class RunLog:
@@ -227,9 +241,7 @@ class RunLog:
     def write_status(self, **changes: Any) -> None:
         """Rewrites status.json and STATUS.md."""
         self.status.update(changes, updated=now())
-        write_atomically(self.out / "status.json", json.dumps(self.status, indent=1))
-        files = [file.name for file in sorted(self.out.glob("*.pt"))]
-        write_atomically(self.out / "STATUS.md", render({**self.status, "checkpoints": files}))
+        write_status(self.out, self.status)
 
     def close(self, state: str, message: str = "") -> None:
         """Last words of a run: `finished`, `stopped` or `failed`."""
@@ -240,3 +252,22 @@ class RunLog:
         )
         self.log.close()
         self.metrics.close()
+
+
+class NoLog:
+    """In place of `RunLog` in all processes of a run but the first: they write nothing."""
+
+    def __call__(self, event: str, row: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def line(self, text: str) -> None:
+        """Nothing."""
+
+    def table(self, rows: Sequence[tuple[str, str, str]]) -> None:
+        """Nothing."""
+
+    def row(self, event: str, row: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def close(self, state: str, message: str = "") -> None:
+        """Nothing."""
