@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from xded.audio import decode, load_bytes
 from xded.corpus.manifest import MANIFEST_NAME, Band, Corpus, Recording, Role, require_speakers, write_manifest
@@ -102,7 +103,7 @@ def check(candidates: Iterable[Candidate], rows: Iterable[Row] = ()) -> Report:
     listed = list(candidates)
     _refuse_clashes(listed)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        outcomes = list(pool.map(_check_one, listed))
+        outcomes = list(pool.map(check_one, listed))
     kept = [outcome for outcome, _ in outcomes if outcome is not None]
     found = [*rows, *(row for _, row in outcomes if row is not None)]
     kept, duplicates = _without_duplicates(kept)
@@ -111,8 +112,12 @@ def check(candidates: Iterable[Candidate], rows: Iterable[Row] = ()) -> Report:
 
 def check_corpus(corpus: Corpus) -> Report:
     """Checks a corpus again: the files against what its manifest declares, their SHA-256 included."""
-    names = Candidate.__dataclass_fields__
-    return check(Candidate(**{name: getattr(recording, name) for name in names}) for recording in corpus.recordings)
+    return check(as_candidate(recording) for recording in corpus.recordings)
+
+
+def as_candidate(recording: Recording) -> Candidate:
+    """A recording of a manifest, to be checked again."""
+    return Candidate(**{name: getattr(recording, name) for name in Candidate.__dataclass_fields__})
 
 
 def store(report: Report, folder: Path, *, overwrite: bool = False) -> Path:
@@ -142,6 +147,24 @@ def store(report: Report, folder: Path, *, overwrite: bool = False) -> Path:
     return manifest
 
 
+def read_rows(folder: Path) -> list[Row]:
+    """Rows of the report that lies beside a manifest; none where there is no report.
+
+    Raises:
+        CorpusError: it cannot be read.
+    """
+    path = folder / REPORT_NAME
+    if not path.is_file():
+        return []
+    try:
+        with path.open("rb") as file:
+            return [TypeAdapter(Row).validate_json(line) for line in file if line.strip()]
+    except (OSError, ValidationError) as error:
+        raise CorpusError(
+            f"{path} cannot be read ({error}).", "Check the corpus again: 'xded corpus check'."
+        ) from error
+
+
 def with_controls(candidates: Sequence[Candidate], controls: Collection[str], where: str) -> list[Candidate]:
     """The candidates with the role `control` for the named speakers; CorpusError for a name that nobody has."""
     require_speakers(controls, sorted({candidate.speaker for candidate in candidates}), where)
@@ -169,7 +192,7 @@ def refuse_existing(folder: Path) -> None:
         raise CorpusError(f"{folder} already holds a corpus.", "Choose another folder with --out, or add --overwrite.")
 
 
-def _check_one(candidate: Candidate) -> tuple[Recording | None, Row | None]:
+def check_one(candidate: Candidate) -> tuple[Recording | None, Row | None]:
     """Reads one file once: the recording if it can be used, and a row if there is something to say."""
     path = candidate.audio_filepath
     if not candidate.text.strip():

@@ -82,8 +82,8 @@ def _missing(own: Counter[Key], expected: Counter[Key]) -> dict[str, Any]:
         "recordings": sum((expected - own).values()),
         "of": sum(expected.values()),
         "mics": absent,
-        "prompts": sorted(_name((*prompt, "")) for prompt in whole),
-        "single": {_name(key): lacking[key] for key in sorted(single, key=_name)},
+        "prompts": sorted(name_of((*prompt, "")) for prompt in whole),
+        "single": {name_of(key): lacking[key] for key in sorted(single, key=name_of)},
         "runs": _runs({key for key in rest if not own[key]}, rest),
     }
 
@@ -92,20 +92,20 @@ def _runs(missing: set[Key], expected: Sequence[Key] | dict[Key, int]) -> list[d
     """Stretches of a block's alphabetical file list that are missing: the mark of a copy that was cut short."""
     runs = []
     for block in sorted({key[0] for key in expected}):
-        files = sorted((key for key in expected if key[0] == block), key=_name)
+        files = sorted((key for key in expected if key[0] == block), key=name_of)
         start = 0
         for end in range(len(files) + 1):
             if end < len(files) and files[end] in missing:
                 continue
             if end - start >= MIN_RUN and end - start < len(files):
                 place = "head" if start == 0 else "tail" if end == len(files) else "middle"
-                runs.append({"block": block, "place": place, "first": _name(files[start]),
-                             "last": _name(files[end - 1]), "recordings": end - start})  # fmt: skip
+                runs.append({"block": block, "place": place, "first": name_of(files[start]),
+                             "last": name_of(files[end - 1]), "recordings": end - start})  # fmt: skip
             start = end + 1
     return runs
 
 
-def _name(key: Key) -> str:
+def name_of(key: Key) -> str:
     """The key as file names have it: B3_CW10_M2, B3_UW7_M2 (whose prompt already holds the block)."""
     block, prompt, mic = key
     return "_".join(part for part in (block, prompt.removeprefix(f"{block}_"), mic) if part)

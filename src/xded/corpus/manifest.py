@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
@@ -92,6 +92,17 @@ class Corpus:
         require_speakers(speakers, self.speakers, str(self.path))
 
 
+Kind = Literal["line", "audio", "id", "file", "speaker", "take"]
+
+
+class Problem(NamedTuple):
+    """Why a manifest is refused: a line that is no recording, lost audio, or what contradicts an earlier line."""
+
+    line: int
+    what: str
+    kind: Kind
+
+
 def require_speakers(given: Iterable[str], known: Sequence[str], where: str) -> None:
     """Raises CorpusError naming every given speaker that is not among the known ones, and the nearest known name."""
     unknown = sorted(set(given) - set(known))
@@ -117,6 +128,20 @@ def read_corpus(path: Path) -> Corpus:
     Raises:
         CorpusError: no such file, nothing in it, or wrong lines: the first few are named, the rest counted.
     """
+    corpus, problems = read_all(path)
+    _refuse(problems, corpus.path)
+    return corpus
+
+
+def read_all(path: Path) -> tuple[Corpus, list[Problem]]:
+    """Reads every line of a manifest that can be read, and says what `read_corpus` would refuse.
+
+    Returns:
+        A corpus of all lines that are recordings, contradictory or without audio as they may be; and what is wrong.
+
+    Raises:
+        CorpusError: no such file, or nothing in it.
+    """
     path = Path(path)
     if path.is_dir():
         path = path / MANIFEST_NAME
@@ -132,7 +157,7 @@ def read_corpus(path: Path) -> Corpus:
     folder = absolute(path.parent)
     recordings: list[Recording] = []
     numbers: list[int] = []
-    problems: list[tuple[int, str]] = []
+    problems: list[Problem] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -140,17 +165,16 @@ def read_corpus(path: Path) -> Corpus:
             recordings.append(_parse(line, folder))
             numbers.append(number)
         except ValueError as error:
-            problems.append((number, str(error)))
+            problems.append(Problem(number, str(error), "line"))
     if not recordings and not problems:
         raise CorpusError(f"{path} holds no recordings.", "Import a corpus again: 'xded corpus import --help'.")
-    problems += [(numbers[index], problem) for index, problem in _contradictions(recordings)]
+    problems += [Problem(numbers[index], what, kind) for index, what, kind in _contradictions(recordings)]
     problems += [
-        (number, f"audio file not found: {recording.audio_filepath}")
+        Problem(number, f"audio file not found: {recording.audio_filepath}", "audio")
         for number, recording in zip(numbers, recordings, strict=True)
         if not recording.audio_filepath.is_file()
     ]
-    _refuse(problems, path)
-    return Corpus(path, tuple(recordings))
+    return Corpus(path, tuple(recordings)), problems
 
 
 def write_manifest(path: Path, recordings: Iterable[Recording]) -> None:
@@ -163,7 +187,7 @@ def write_manifest(path: Path, recordings: Iterable[Recording]) -> None:
     rows = list(recordings)
     if not rows:
         raise CorpusError(f"{path}: there is no recording to write.", "Check the folder that was imported.")
-    _refuse([(index + 1, problem) for index, problem in _contradictions(rows)], path)
+    _refuse([Problem(index + 1, what, kind) for index, what, kind in _contradictions(rows)], path)
     folder = absolute(path.parent)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
@@ -217,38 +241,39 @@ def validate(data: dict[str, Any]) -> Recording:
         raise ValueError("; ".join(parts)) from error
 
 
-def _contradictions(recordings: Sequence[Recording]) -> list[tuple[int, str]]:
-    """Rules that hold between recordings: (index of the later recording, what is wrong)."""
-    problems = []
+def _contradictions(recordings: Sequence[Recording]) -> list[tuple[int, str, Kind]]:
+    """Rules that hold between recordings: (index of the later recording, what is wrong, its kind)."""
+    problems: list[tuple[int, str, Kind]] = []
     ids: dict[str, int] = {}
     files: dict[Path, str] = {}
     speakers: dict[str, Recording] = {}
     takes: dict[str, Recording] = {}
     for index, row in enumerate(recordings):
         if ids.setdefault(row.recording, index) != index:
-            problems.append((index, f"recording id '{row.recording}' is used twice; ids must be unique"))
+            problems.append((index, f"recording id '{row.recording}' is used twice; ids must be unique", "id"))
         if files.setdefault(row.audio_filepath, row.recording) != row.recording:
             other = files[row.audio_filepath]
-            problems.append((index, f"recordings '{other}' and '{row.recording}' share the file {row.audio_filepath}"))
+            shared = f"recordings '{other}' and '{row.recording}' share the file {row.audio_filepath}"
+            problems.append((index, shared, "file"))
         first = speakers.setdefault(row.speaker, row)
         if first.role != row.role:
-            problems.append((index, f"speaker '{row.speaker}' has two roles, {first.role} and {row.role}"))
+            problems.append((index, f"speaker '{row.speaker}' has two roles, {first.role} and {row.role}", "speaker"))
         if first.band != row.band:
-            problems.append((index, f"speaker '{row.speaker}' has two bands, {first.band} and {row.band}"))
+            problems.append((index, f"speaker '{row.speaker}' has two bands, {first.band} and {row.band}", "speaker"))
         spoken = takes.setdefault(row.take, row)
         if (spoken.speaker, spoken.prompt, spoken.text) != (row.speaker, row.prompt, row.text):
             problems.append(
                 (index, f"take '{row.take}' has two speakers, prompts or texts ('{spoken.recording}' differs); "
-                        "only microphone copies of one spoken word may share a take")
+                        "only microphone copies of one spoken word may share a take", "take")
             )  # fmt: skip
     return problems
 
 
-def _refuse(problems: Sequence[tuple[int, str]], path: Path) -> None:
+def _refuse(problems: Sequence[Problem], path: Path) -> None:
     """Raises CorpusError for the first few problems and the count of the rest."""
     if not problems:
         return
-    shown = [f"line {number}: {problem}" for number, problem in sorted(problems)[:PROBLEMS_SHOWN]]
+    shown = [f"line {problem.line}: {problem.what}" for problem in sorted(problems)[:PROBLEMS_SHOWN]]
     rest = len(problems) - len(shown)
     more = f"; and {rest} more problems" if rest else ""
     raise CorpusError(f"{path}: " + "; ".join(shown) + more + ".", REMEDY)
