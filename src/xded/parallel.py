@@ -27,13 +27,13 @@ def _start_worker() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     # Ctrl-C reaches every process of the terminal: the first one decides, a training run handles it by itself
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     import torch
 
     torch.set_num_threads(1)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Ends this worker when the process that started it is killed; otherwise it would wait for work forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -42,7 +42,7 @@ def _end_with_parent() -> None:
 
 
 @cache
-def _pool(jobs: int) -> ProcessPoolExecutor:
+def pool(jobs: int) -> ProcessPoolExecutor:
     """The processes of this run: kept, because a fresh one spends seconds on importing torch."""
     context = multiprocessing.get_context("spawn")  # torch and fork do not mix
     return ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker)
@@ -72,22 +72,23 @@ def run_all(
             done(count)
         return results
     try:
-        futures = [_pool(jobs).submit(function, argument) for argument in arguments]
+        futures = [pool(jobs).submit(function, argument) for argument in arguments]
         for count, future in enumerate(as_completed(futures), start=1):
             future.result()
             done(count)
         return [future.result() for future in futures]
     except BrokenProcessPool as error:
-        _drop_pool(jobs)
+        drop_pool(jobs)
         raise TrainingError(
             f"One of {jobs} worker processes was killed; often the memory was not enough for all of them.",
             "Give the same command again with fewer --jobs: what is finished is kept.",
         ) from error
     except BaseException:
-        _drop_pool(jobs)
+        drop_pool(jobs)
         raise
 
 
-def _drop_pool(jobs: int) -> None:
-    _pool(jobs).shutdown(wait=True, cancel_futures=True)
-    _pool.cache_clear()
+def drop_pool(jobs: int) -> None:
+    """Ends the processes of `pool`; the next call makes new ones."""
+    pool(jobs).shutdown(wait=True, cancel_futures=True)
+    pool.cache_clear()

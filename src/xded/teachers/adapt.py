@@ -124,14 +124,12 @@ def _fit(job: Job) -> Path:
     return fit(job, resume=True, quiet=True)
 
 
-def teach(
-    corpus: Corpus, config: Config, out: Path, *, jobs: int = 1, quiet: bool = False, speakers: Sequence[str] = ()
-) -> Teachers:
-    """Trains the parent and one teacher a target speaker; finished ones are kept.
+def jobs_of(corpus: Corpus, config: Config, out: Path, speakers: Sequence[str] = ()) -> tuple[Job, list[Job]]:
+    """The job of the parent, and one of each teacher.
 
     Args:
         corpus, config: `config.teach` says how; `config.fold` who is held out.
-        out: folder of the teachers; jobs: teachers trained at once.
+        out: folder of the teachers; the tokenizer is made there when it is missing.
         speakers: only these teachers (default: all target speakers of the fold).
 
     Raises:
@@ -151,10 +149,7 @@ def teach(
     # how targets will be made is no concern of the teachers: they are kept when only that changes
     base = config.model_copy(update={"objective": supervised, "targets": None, "target": TargetConfig()})
     parent = base.model_copy(update={"train": config.teach.parent})
-    if not quiet:
-        print(f"Parent, then one teacher for each of {len(wanted)} speakers: {', '.join(wanted)}", file=sys.stderr)
     own = Job("parent", parent, train, validation, fold, test_takes, tokenizer, teachers.parent)
-    fit(own, resume=True, quiet=quiet)
     adapted = config.teach.teacher.model_copy(update={"init": (teachers.parent / "best.pt").resolve()})
     todo = [
         replace(
@@ -168,6 +163,23 @@ def teach(
         )
         for speaker in wanted
     ]
+    return own, todo
+
+
+def teach(
+    corpus: Corpus, config: Config, out: Path, *, jobs: int = 1, quiet: bool = False, speakers: Sequence[str] = ()
+) -> Teachers:
+    """Trains the parent and one teacher a target speaker; finished ones are kept.
+
+    Args:
+        corpus, config, out, speakers: as for `jobs_of`.
+        jobs: teachers trained at once.
+    """
+    parent, todo = jobs_of(corpus, config, out, speakers)
+    if not quiet:
+        names = ", ".join(job.out.name for job in todo)
+        print(f"Parent, then one teacher for each of {len(todo)} speakers: {names}", file=sys.stderr)
+    fit(parent, resume=True, quiet=quiet)
     for job in todo:
         if is_finished(job.out):
             _fit(job)  # returns at once, or refuses another config: no need for another process
@@ -178,4 +190,4 @@ def teach(
             print(f"{count} of {len(rest)} teachers done", file=sys.stderr, flush=True)
 
     run_all(_fit, rest, jobs, say)
-    return teachers
+    return Teachers(out)
