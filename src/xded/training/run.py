@@ -38,6 +38,7 @@ from xded.training.data import RunSampler, TrainingData, collate
 from xded.training.evaluation import batches, validate
 from xded.training.job import Job
 from xded.training.launching import launch
+from xded.training.loggers import mirror_of, need_packages
 from xded.training.loop import STOPPED_AT_ONCE, CollapsedRunError, InterruptedRunError, Loop, StopOnSignal
 from xded.training.monitor import data_card, unused_parts, write_data_card
 from xded.training.preflight import LISTED, Gate, fits_normaliser, preflight
@@ -48,7 +49,7 @@ from xded.training.status import NoLog, RunLog, close_for, read_status, write_at
 FINDINGS = "findings.json"
 PATHS = {"corpus", "targets", "train.init", "tokenizer.path"}
 # a run may go on somewhere else
-NOT_COMPARED = {"train.device", "train.devices", "train.nodes", "train.threads"}
+NOT_COMPARED = {"train.device", "train.devices", "train.nodes", "train.threads", "train.loggers"}
 
 
 def is_finished(out: Path) -> bool:
@@ -76,6 +77,7 @@ def fit(job: Job, *, resume: bool = False, quiet: bool = False, place: Place | N
     going_on = resume and any(out.glob("latest*.pt"))
     if not resume and any(out.glob("*.pt")):
         raise ConfigError(f"{out} already holds a run.", "Go on with --resume, or choose another --out.")
+    need_packages(job.config.train.loggers)
     place = place or place_of(job.config.train)
     if place is None:
         return fit_in_processes(job, resume=resume, quiet=quiet)
@@ -208,9 +210,11 @@ def open_log(
 
 
 def everyone_opened(data: TrainingData) -> None:
-    """Adds to what this process has opened what the others have."""
-    for opened in everyones({recording: str(path) for recording, path in data.opened.items()}):
+    """Adds to what this process has opened, and measured of it, what the others have."""
+    own = [{recording: str(path) for recording, path in data.opened.items()}, data.spread]
+    for opened, spread in everyones(own):
         data.opened |= {recording: Path(path) for recording, path in opened.items()}
+        data.spread |= spread
 
 
 def encode_once(student: Student, data: TrainingData, batch_size: int) -> list[torch.Tensor]:

@@ -7,10 +7,10 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from xded.errors import GO_ON, XdedError
 
@@ -39,12 +39,16 @@ def read_status(run: Path) -> dict[str, Any]:
     """The status of a run folder, with what can only be known now (checkpoints, whether it is still alive).
 
     Raises:
-        StatusError: no run is there.
+        StatusError: no run is there, or its status cannot be read.
     """
     path = run / "status.json"
     if not path.is_file():
         raise StatusError(f"{run} holds no run (no status.json).", "Give the folder that was named with --out.")
-    status: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        status: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        status["state"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StatusError(f"{path} cannot be read: {error!r}.", "Delete it, then go on with --resume.") from error
     status["checkpoints"] = [
         {"name": file.name, "bytes": file.stat().st_size, "whole": file.with_name(file.name + ".sha256").is_file()}
         for file in sorted(run.glob("*.pt"))
@@ -148,16 +152,35 @@ def close_for(out: Path, state: str, message: str) -> None:
     write_status(out, {**status, "state": state, "message": message, "expected_finish": None, "updated": now()})
 
 
+class Mirror(Protocol):
+    """Where the rows of metrics.jsonl go besides; both calls return what went wrong, a line each."""
+
+    def row(self, event: str, row: Mapping[str, Any]) -> list[str]:
+        """Takes a row."""
+
+    def close(self, state: str) -> list[str]:
+        """Takes the run's last state: `finished`, `stopped` or `failed`."""
+
+
 class RunLog:
     """Writes what happens in a run folder as it happens.
 
     Args:
         out: run folder; facts: what is known before the first step (goes into the status); quiet: no console.
         parameters: name -> size, to count those that received a gradient.
+        mirror: gets the rows of metrics.jsonl too.
     """
 
-    def __init__(self, out: Path, facts: dict[str, Any], parameters: dict[str, int], *, quiet: bool = False) -> None:
-        self.out, self.parameters, self.quiet = out, parameters, quiet
+    def __init__(
+        self,
+        out: Path,
+        facts: dict[str, Any],
+        parameters: dict[str, int],
+        *,
+        quiet: bool = False,
+        mirror: Mirror | None = None,
+    ) -> None:
+        self.out, self.parameters, self.quiet, self.mirror = out, parameters, quiet, mirror
         self.status: dict[str, Any] = {
             "state": "running",
             "pid": os.getpid(),
@@ -212,6 +235,9 @@ class RunLog:
     def row(self, event: str, row: dict[str, Any]) -> None:
         """A line of metrics.jsonl."""
         self.metrics.write(json.dumps({"event": event, **row}) + "\n")
+        if self.mirror is not None:
+            for problem in self.mirror.row(event, row):
+                self.line(problem)
 
     def _count(self, counts: dict[str, int]) -> None:
         self.status["parameters"] = {**self.status.get("parameters", {}), **counts}
@@ -250,6 +276,9 @@ class RunLog:
         self.write_status(
             state=state, message=message, expected_finish=None, seconds=round(time.monotonic() - self.begun, 1)
         )
+        if self.mirror is not None:
+            for problem in self.mirror.close(state):
+                self.line(problem)
         self.log.close()
         self.metrics.close()
 
