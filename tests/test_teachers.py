@@ -28,8 +28,8 @@ from xded.tokenizer import Tokenizer
 from xded.training import run
 from xded.training.data import TrainingData, collate
 from xded.training.evaluation import batches
-from xded.training.loop import Loop
 from xded.training.job import Job
+from xded.training.loop import Loop
 from xded.training.run import fit
 from xded.training.status import read_status
 

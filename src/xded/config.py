@@ -15,6 +15,7 @@ from xded.errors import ConfigError
 Aggregation = Literal["prob_mean", "logprob_mean", "logit_mean"]
 Weighting = Literal["uniform", "reliability", "confidence", "band"]
 Heard = Literal["same_audio", "same_prompt"]
+LoggerName = Literal["tensorboard", "mlflow", "wandb"]
 
 
 class Section(BaseModel):
@@ -200,6 +201,9 @@ class TrainConfig(Section):
     nodes: int = Field(1, description="machines; more than one are started with torchrun or srun", ge=1)
     precision: str = Field("32-true", description="Lightning precision: 32-true, bf16-mixed, 16-mixed")
     threads: int | None = Field(None, description="torch threads of a process; none: torch's own choice", ge=1)
+    loggers: tuple[LoggerName, ...] = Field(
+        (), description="tensorboard, mlflow (files), wandb (offline): also get what metrics.jsonl gets"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -12,8 +12,12 @@ import typer
 
 import xded.cli.corpus as corpus
 import xded.cli.demo as demo
+import xded.cli.doctor as doctor
 import xded.cli.evaluate as evaluate
+import xded.cli.inspect as inspect
+import xded.cli.report as report
 import xded.cli.status as status
+import xded.cli.study as study
 import xded.cli.targets as targets
 import xded.cli.teach as teach
 import xded.cli.train as train
@@ -68,6 +72,10 @@ _add("targets", targets.__doc__, targets.targets)
 _add("train", train.__doc__, train.train)
 _add("evaluate", evaluate.__doc__, evaluate.evaluate)
 _add("transcribe", transcribe.__doc__, transcribe.transcribe)
+app.add_typer(study.app, name="study", short_help="Run a question as declared, and answer it with intervals.")
+_add("doctor", doctor.__doc__, doctor.doctor)
+_add("inspect", inspect.__doc__, inspect.inspect)
+_add("report", report.__doc__, report.report)
 _add("status", status.__doc__, status.status)
 
 

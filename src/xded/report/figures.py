@@ -269,7 +269,7 @@ def loss_picture(curves: Curves, weights: dict[str, float]) -> Picture:
         if "val_loss" in curves.validated and "update" in curves.validated:
             ends = curves.validated["update"]
             axes.plot(ends, curves.validated["val_loss"], "D", ms=4, color=GREY, label="validation (true text)")
-        _logarithmic(axes, np.concatenate([*lines.values(), curves.validated.get("val_loss", np.empty(0))]))
+        logarithmic(axes, np.concatenate([*lines.values(), curves.validated.get("val_loss", np.empty(0))]))
         _title(figure, "Loss and its parts over training", WIDTH_IN)
         axes.set_ylabel("mean since the epoch began (nats)")
         _updates(axes, curves)
@@ -320,7 +320,7 @@ def gradient_picture(curves: Curves, clip: float | None) -> Picture:
                 _line(top, curves.gradient_update, values, label, colour)
         if clip is not None:
             top.axhline(clip, color=GREY, linewidth=0.9, linestyle="dashed", label=f"clipped at {clip:g}")
-        _logarithmic(top, np.concatenate([whole, curves.blank, curves.rows]))
+        logarithmic(top, np.concatenate([whole, curves.blank, curves.rows]))
         _title(figure, "Gradient norms over training", WIDTH_IN)
         top.set_ylabel("L2 norm")
         _updates(top, curves, last=not groups)
@@ -410,7 +410,7 @@ def _line(axes: Axes, x: np.ndarray, y: np.ndarray, label: str, colour: str) -> 
     axes.plot(x[there], y[there], color=colour, linewidth=1.3, marker=marker, ms=3.5, label=label)
 
 
-def _logarithmic(axes: Axes, values: np.ndarray) -> None:
+def logarithmic(axes: Axes, values: np.ndarray) -> None:
     """A logarithmic axis where the numbers span more than a linear one can show."""
     finite = values[np.isfinite(values)]
     if len(finite) and finite.min() > 0 and finite.max() > 20 * finite.min():

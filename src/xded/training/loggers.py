@@ -6,6 +6,7 @@ unless WANDB_MODE is `online`, and neither reports usage or errors to its makers
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
@@ -24,7 +25,9 @@ PACKAGES: Final[dict[LoggerName, tuple[str, ...]]] = {
 }  # fmt: skip
 PROJECT = "xded"
 IDENTITY = "{}.id"  # file that holds a run's id in MLflow or W&B, so that a run that goes on stays one run there
+PLACE = ("update", "updates", "epochs")
 FLUSH_S = 10
+MLFLOW_SERVER = "MLFLOW_TRACKING_URI"
 # only where the user has not said otherwise; MLflow refuses its own file store without the second
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ALLOW_FILE_STORE": "true",
@@ -61,6 +64,7 @@ def mirror_of(config: Config, name: str, out: Path, first_update: int) -> Logger
     need_packages(names)
     for variable, value in QUIET.items():
         os.environ.setdefault(variable, value)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     loggers: dict[str, Logger] = {}
     for kind in names:
         try:
@@ -79,15 +83,18 @@ def _open(kind: LoggerName, name: str, out: Path, first_update: int) -> Logger:
         # purge_step hides what was logged after the checkpoint that the run goes on from
         return TensorBoardLogger(
             out / "tensorboard", name="", version="", default_hp_metric=False,
-            purge_step=first_update + 1, flush_secs=FLUSH_S,
+            purge_step=first_update + 1, flush_secs=FLUSH_S, filename_suffix=f".{first_update}",
         )  # fmt: skip
     path = out / IDENTITY.format(kind)
     known = path.read_text(encoding="utf-8").strip() if path.is_file() else None
     logger: MLFlowLogger | WandbLogger
     if kind == "mlflow":
-        where = os.environ.get("MLFLOW_TRACKING_URI") or f"file:{(out / 'mlruns').resolve()}"
+        asked = os.environ.get(MLFLOW_SERVER)
+        where = asked or f"file:{(out / 'mlruns').resolve()}"
         logger = MLFlowLogger(PROJECT, run_name=name, tracking_uri=where, run_id=known)
         identity = logger.run_id
+        if not asked:  # MLflow puts its own choice there, and the process's next run would land in this one's folder
+            os.environ.pop(MLFLOW_SERVER, None)
     else:
         offline = os.environ.get("WANDB_MODE") != "online"
         logger = WandbLogger(name=name, save_dir=out, offline=offline, project=PROJECT, id=known)
@@ -133,11 +140,11 @@ class LoggerMirror:
 
 
 def numbers(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Numbers of a row by name, those of tables in it as TABLE/NAME; where the run is (`update`, `epochs`) is left out."""
+    """Numbers of a row by name, those of tables in it as TABLE/NAME; how far and how long the run is, is left out."""
     found: dict[str, float] = {}
     for name, value in row.items():
         if isinstance(value, Mapping):
             found |= numbers(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float) and not isinstance(value, bool) and name not in ("update", "updates", "epochs"):
+        elif isinstance(value, int | float) and not isinstance(value, bool) and name not in PLACE:
             found[prefix + name] = float(value)
     return found

@@ -203,7 +203,8 @@ def open_log(
     """The log of a run that starts, or goes on from a checkpoint: what was logged after it is dropped."""
     first_update = 0 if checkpoint is None else (int(checkpoint["batch"]) + 1) // job.config.train.accumulate
     RunLog.forget_after(job.out, first_update)
-    log = RunLog(job.out, facts, {n: p.numel() for n, p in student.named_parameters()}, quiet=quiet)
+    mirror = mirror_of(job.config, job.name, job.out, first_update)
+    log = RunLog(job.out, facts, {n: p.numel() for n, p in student.named_parameters()}, quiet=quiet, mirror=mirror)
     log.row("start", {"update": first_update, "resumed": checkpoint is not None})
     log.table(job.facts["preflight"])
     return log

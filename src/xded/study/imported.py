@@ -1,0 +1,129 @@
+"""Results made elsewhere as rows of a study: recomputed from their token ids, what they reported kept apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from xded.checks.readings import as_stored, preferred, read_with
+from xded.doctor.examine import examine_all
+from xded.errors import XdedError
+from xded.evaluations import Evaluation, read_evaluation, recognise
+from xded.findings import Finding
+from xded.scoring import Estimate, Prediction, write_predictions
+from xded.study.outcome import Result
+from xded.study.plan import StudyError
+from xded.teachers.crosstest import wra
+from xded.tokenizer import Tokenizer
+
+# what the files of the reference study are in its history (see the built-in study `debug`)
+REFERENCE_NAMES = {
+    "eval_M08_nemo_decoder": "original",
+    "eval_M08_debug": "included",
+    "eval_M08_nemo_ctc_final": "CTC-KD",
+    "eval_M08_nemo_ctc": "original, read through its CTC head",
+    "eval_nemo_pretrained_M08": "zero-shot",
+}
+
+
+@dataclass(frozen=True)
+class Imported:
+    """An evaluation file as an attempt.
+
+    Attributes:
+        name: row in the table; evaluation: the file as it was read.
+        predictions: recomputed; how: from what ("ids with tokenizer.model", "texts as stored").
+        reported_percent: WRA that the file says; none where it says nothing.
+        recomputed: WRA of `predictions`, whole output, with its interval over takes.
+        findings: what the doctor says about the file, worst first, notes left out.
+    """
+
+    name: str
+    evaluation: Evaluation
+    predictions: tuple[Prediction, ...]
+    how: str
+    reported_percent: float | None
+    recomputed: Estimate
+    findings: tuple[Finding, ...]
+
+    @property
+    def result(self) -> Result:
+        """As a study holds it: the speakers of the file are its fold."""
+        return Result(
+            self.name, "imported", self.evaluation.speakers, {"open": self.predictions}, (self.evaluation.path,)
+        )
+
+
+def evaluation_files(paths: Iterable[Path]) -> list[Path]:
+    """The evaluation files among files and folders, sorted by name.
+
+    Raises:
+        StudyError: there is none, or a file that was named is none.
+    """
+    found: list[Path] = []
+    for path in paths:
+        inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        known = [p for p in inside if p.is_file() and recognise(p) is not None]
+        if not known:
+            raise StudyError(
+                f"{path} holds no evaluation that xded knows.", "Give files of 'xded evaluate' or the like."
+            )
+        found += known
+    return found
+
+
+def read_all(paths: Iterable[Path], tokenizers: Mapping[str, Tokenizer]) -> tuple[list[Imported], list[str]]:
+    """Every file recomputed; files that cannot be read are returned as lines of text, and the others are read.
+
+    Args:
+        paths: files and folders; tokenizers: by name, to decode stored ids with.
+    """
+    rows, unread = [], []
+    for path in evaluation_files(paths):
+        try:
+            rows.append(_read(path, tokenizers))
+        except XdedError as error:
+            unread.append(f"{path}: {error}")
+    return _with_distinct_names(rows), unread
+
+
+def _read(path: Path, tokenizers: Mapping[str, Tokenizer]) -> Imported:
+    evaluation = read_evaluation(path)
+    if not evaluation.items:
+        raise StudyError(f"{path} holds no outputs.", "Give the predictions too.")
+    reading = preferred(read_with(evaluation, tokenizers)) or as_stored(evaluation)
+    if reading is None:
+        raise StudyError(f"{path} holds token ids only.", "Give their tokenizer with --tokenizer.")
+    shift = f", shifted by {reading.shift}" if reading.shift else ""
+    how = f"ids with {reading.tokenizer}{shift}" if reading.tokenizer in tokenizers else "texts as stored"
+    predictions = tuple(evaluation.predictions(reading.texts))
+    examined = examine_all([path]).at_least("warn")
+    return Imported(
+        REFERENCE_NAMES.get(path.stem, path.stem),
+        evaluation,
+        predictions,
+        how,
+        evaluation.reported.get("wra"),
+        wra(predictions, evaluation.normaliser),
+        tuple(examined),
+    )
+
+
+def _with_distinct_names(rows: Sequence[Imported]) -> list[Imported]:
+    """Files of one name in two folders keep both: the later ones get their folder's name."""
+    seen: dict[str, int] = {}
+    named = []
+    for row in rows:
+        count = seen[row.name] = seen.get(row.name, 0) + 1
+        name = row.name if count == 1 else f"{row.name} ({row.evaluation.path.parent.name}, {count})"
+        named.append(Imported(**{**vars(row), "name": name}))
+    return named
+
+
+def keep(rows: Iterable[Imported], out: Path) -> None:
+    """Writes each row's recomputed predictions to OUT/imported/NAME/predictions.jsonl."""
+    for row in rows:
+        folder = out / "imported" / "".join(c if c.isalnum() or c in "-_" else "_" for c in row.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_predictions(folder / "predictions.jsonl", row.predictions)

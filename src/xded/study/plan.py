@@ -1,0 +1,297 @@
+"""A study file: attempts, held-out speakers, seeds, hypotheses and what to do next, validated before any training."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from xded import config as configs
+from xded.config import Config, Section, StageConfig
+from xded.corpus.manifest import Corpus
+from xded.errors import ConfigError, XdedError
+
+Verdict = Literal["supported", "rejected", "undecided"]
+DecodeName = Literal["open", "word list"]
+BUILT_IN = ("debug", "loso")
+SUSPECT: Final = "suspect"
+EVALUATION = "evaluation"  # what `next` calls the examination of the evaluation itself
+# systems that a study's tables hold besides its attempts
+PARENT = "parent"
+TEACHER = "teacher "  # and the speaker
+BEST_TEACHER = "best teacher"  # of each speaker, chosen after the fact
+VOTE = "vote of the teachers"
+ORACLE = "any-teacher oracle"
+# config keys that the study decides, and where
+DECIDED = {
+    "corpus": "the study's corpus",
+    "targets": "the study, from the attempt's teachers",
+    "seed": "the study's seeds",
+    "fold.held_out": "the study's held_out",
+    "fold.include_held_out": "the attempt's include_held_out",
+    "fold.controls": "the attempt's controls",
+    "train.init": "the attempt's start",
+}
+
+
+class StudyError(XdedError):
+    """A study file, or a folder of a study, that cannot be used."""
+
+
+class Attempt(Section):
+    """One configured training, repeated for every fold and seed."""
+
+    about: str = Field("", description="what it is for, one line")
+    set: dict[str, Any] = Field({}, description="config keys that differ from the study's, such as objective.ctc_kd")
+    include_held_out: bool = Field(False, description="half of the held-out speakers' takes train too")
+    start: Literal["scratch", "parent"] = Field("scratch", description="weights that it starts from")
+    controls: bool = Field(False, description="train on the control speakers too")
+    teachers: Literal["all", "band"] | tuple[str, ...] = Field(
+        "all", description="whose posteriors are aggregated: all, those of the held-out speaker's band, or these"
+    )
+    expected: float | None = Field(None, description="WRA that was hoped for, per cent; never mixed with results")
+
+
+class Hypothesis(Section):
+    """A claim about an attempt's WRA, per cent, on all folds together; with `minus`, about the gap between two."""
+
+    attempt: str
+    minus: str | None = Field(None, description="attempt whose WRA is taken off (paired by take)")
+    decode: DecodeName = "open"
+    above: float | None = Field(None, description="supported when the whole interval lies above")
+    below: float | None = Field(None, description="supported when the whole interval lies below")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.above is None) == (self.below is None):
+            raise ValueError("give either above or below")
+        if self.minus == self.attempt:
+            raise ValueError(f"the gap between '{self.attempt}' and itself is always 0")
+        # the whole interval has to be able to lie on either side
+        least, most = (-100.0, 100.0) if self.minus is not None else (0.0, 100.0)
+        decidable = least <= self.threshold < most if self.above is not None else least < self.threshold <= most
+        if not decidable:
+            what = "gaps lie" if self.minus is not None else "WRA lies"
+            raise ValueError(f"nothing can decide it: {what} between {least:g} and {most:g}")
+        return self
+
+    @property
+    def threshold(self) -> float:
+        """`above` or `below`."""
+        threshold = self.above if self.above is not None else self.below
+        assert threshold is not None
+        return threshold
+
+
+class Rung(Section):
+    """A step of the ladder: `says` holds from `above` to the next rung."""
+
+    above: float
+    says: str
+
+
+class Ladder(Section):
+    """What a WRA means, in words."""
+
+    attempt: str
+    decode: DecodeName = "open"
+    rungs: tuple[Rung, ...] = Field(min_length=1)
+
+    def says(self, wra_percent: float) -> str:
+        """The words for a WRA."""
+        for rung in sorted(self.rungs, key=lambda rung: -rung.above):
+            if wra_percent >= rung.above:
+                return rung.says
+        return "below the lowest rung"
+
+
+class NextStep(Section):
+    """A row of the decision table: what to do when every named hypothesis has the named verdict."""
+
+    when: dict[str, Verdict | Literal["suspect"]] = Field(min_length=1)
+    do: str = Field(description="what to do and why")
+    command: str = Field("", description="the command, with {study}, {out}, {run} and {held_out} filled in")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name, verdict in self.when.items():
+            if (name == EVALUATION) != (verdict == SUSPECT):
+                raise ValueError(f"'{name}: {verdict}' never holds: the evaluation, and nothing else, can be suspect")
+        try:
+            self.command.format(study="", out="", run="", held_out="")
+        except (KeyError, IndexError, ValueError, AttributeError) as error:
+            raise ValueError(f"command '{self.command}': only {{study}}, {{out}}, {{run}}, {{held_out}}") from error
+        return self
+
+
+class Budget(Section):
+    """What a study may cost; attempts that do not fit are left out and named."""
+
+    minutes: float | None = Field(None, gt=0, description="wall-clock minutes; none: as long as it takes")
+
+
+class Study(Section):
+    """A whole study file."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+    question: str = ""
+    corpus: Path | None = Field(None, description="manifest, or the folder that holds it; none: the embedded corpus")
+    held_out: Literal["all"] | tuple[str | tuple[str, ...], ...] = Field(
+        "all", description="folds: a speaker or a list of speakers each; all: every target speaker once"
+    )
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2), min_length=1)
+    updates: int | None = Field(None, ge=1, description="of every attempt, so that they are comparable; none: config's")
+    budget: Budget = Budget()
+    config: dict[str, Any] = Field({}, description="of all attempts: the sections of 'xded train --help-config'")
+    attempts: dict[str, Attempt] = Field(min_length=1)
+    baselines: bool = Field(
+        True, description="test the parent and every teacher too; false trains only what attempts start from or hear"
+    )
+    hypotheses: dict[str, Hypothesis] = Field({}, description="claims that the attempts decide")
+    ladder: Ladder | None = None
+    next: tuple[NextStep, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for where, name in self._mentions():
+            if name not in self.attempts:
+                near = difflib.get_close_matches(name, self.attempts, 1)
+                hint = f" (did you mean '{near[0]}'?)" if near else ""
+                raise ValueError(f"{where} is about attempt '{name}', which the study does not have{hint}")
+        for name in self.attempts:
+            if name in (PARENT, BEST_TEACHER, VOTE, ORACLE) or name.startswith((TEACHER, f"{PARENT}, ")):
+                raise ValueError(f"an attempt cannot be called '{name}': the tables have a row of that name")
+        if EVALUATION in self.hypotheses:
+            raise ValueError(f"a hypothesis cannot be called '{EVALUATION}': in next, that is the examination")
+        unknown = {name for step in self.next for name in step.when} - self.hypotheses.keys() - {EVALUATION}
+        if unknown:
+            raise ValueError(f"next asks for the hypothesis '{sorted(unknown)[0]}', which the study does not have")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("a seed is listed twice")
+        if self.held_out != "all":
+            folds = [(one,) if isinstance(one, str) else one for one in self.held_out]
+            if not folds or not all(folds):
+                raise ValueError("held_out names nobody; all: every target speaker once")
+            times = Counter(speaker for fold in folds for speaker in fold)
+            if twice := [speaker for speaker, count in times.items() if count > 1]:
+                raise ValueError(f"held_out names {twice[0]} twice: every speaker is tested once")
+        return self
+
+    def _mentions(self) -> Iterable[tuple[str, str]]:
+        for name, hypothesis in self.hypotheses.items():
+            yield f"hypothesis '{name}'", hypothesis.attempt
+            if hypothesis.minus is not None:
+                yield f"hypothesis '{name}'", hypothesis.minus
+        if self.ladder is not None:
+            yield "the ladder", self.ladder.attempt
+
+    def folds(self, corpus: Corpus) -> list[tuple[str, ...]]:
+        """Held-out speakers of each fold.
+
+        Raises:
+            CorpusError: a name that the corpus does not have. StudyError: nobody to hold out.
+        """
+        if self.held_out == "all":
+            targets = [s for s in corpus.speakers if corpus.role_of(s) == "target"]
+            if not targets:
+                raise StudyError(
+                    f"held_out: all, but {corpus.path} has no target speaker.", "Name the speakers in held_out."
+                )
+            return [(speaker,) for speaker in targets]
+        folds = [(one,) if isinstance(one, str) else tuple(one) for one in self.held_out]
+        corpus.require(speaker for fold in folds for speaker in fold)
+        return folds
+
+    def base(self) -> Config:
+        """The config of all attempts."""
+        where = f"the config of study '{self.name}'"
+        _refuse_decided(self.config, where)
+        return configs.build(self.config, where)
+
+    def config_of(self, name: str) -> Config:
+        """The config of an attempt, without fold, seed, start and targets.
+
+        Raises:
+            ConfigError: a key that is unknown, that the study decides, or settings that contradict each other.
+        """
+        attempt = self.attempts[name]
+        _refuse_decided(attempt.set, f"attempt '{name}' of study '{self.name}'")
+        changes = {**attempt.set, "fold.controls": attempt.controls, "fold.include_held_out": attempt.include_held_out}
+        return configs.override(self.base(), changes, f"attempt '{name}' of study '{self.name}'")
+
+
+def stages_for(updates: int, recordings: int, config: Config) -> tuple[StageConfig, ...]:
+    """The config's stages with epochs scaled so that all together make about `updates` updates."""
+    per_epoch = -(-recordings // config.train.batch_size) / config.train.accumulate
+    total = sum(stage.epochs for stage in config.train.stages)
+    epochs = updates / per_epoch
+    return tuple(s.model_copy(update={"epochs": max(1, round(epochs * s.epochs / total))}) for s in config.train.stages)
+
+
+def load(path: Path) -> Study:
+    """Reads and validates a study file.
+
+    Raises:
+        StudyError: every wrong key with its place. ConfigError: an attempt's settings are wrong or contradictory.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise StudyError(
+            f"{path} cannot be read as YAML: {error}.", "Write one with 'xded study new debug'."
+        ) from error
+    if not isinstance(data, Mapping):
+        raise StudyError(f"{path} holds no mapping.", "Write one with 'xded study new debug'.")
+    return build(data, str(path))
+
+
+def build(data: Mapping[str, Any], where: str) -> Study:
+    """Validates a mapping into a `Study`, every attempt's config included."""
+    try:
+        study = Study.model_validate(data)
+    except ValidationError as error:
+        problems = []
+        for item in error.errors():
+            place = ".".join(str(part) for part in item["loc"]) or "the study"
+            problems.append(f"{place}: {item['msg'].removeprefix('Value error, ')}")
+        raise StudyError(f"{where}: " + "; ".join(problems) + ".", "Compare with 'xded study new debug'.") from error
+    for name, attempt in study.attempts.items():
+        config = study.config_of(name)
+        if attempt.teachers != "all" and not uses_targets(config):
+            raise StudyError(
+                f"{where}: attempt '{name}' chooses teachers ({attempt.teachers}) that it never listens to.",
+                "Give it objective.ctc_kd or objective.decoder_kd, or leave teachers out.",
+            )
+    return study
+
+
+def uses_targets(config: Config) -> bool:
+    """Whether a config's objective needs teachers."""
+    return bool(config.objective.ctc_kd or config.objective.decoder_kd)
+
+
+def _refuse_decided(data: Mapping[str, Any], where: str, prefix: str = "") -> None:
+    """Raises for a key, dotted or nested, whose value the study would overwrite."""
+    for key, value in data.items():
+        if prefix + key in DECIDED:
+            raise ConfigError(
+                f"{where}: '{prefix}{key}' is decided by {DECIDED[prefix + key]}.", "Take the key out and set that."
+            )
+        if isinstance(value, Mapping):
+            _refuse_decided(value, where, f"{prefix}{key}.")
+
+
+def built_in(name: str) -> str:
+    """The text of a built-in study file.
+
+    Raises:
+        StudyError: there is none of that name.
+    """
+    if name not in BUILT_IN:
+        raise StudyError(f"There is no built-in study '{name}'.", f"Choose among {', '.join(BUILT_IN)}.")
+    return (Path(__file__).parent / f"{name}.yaml").read_text(encoding="utf-8")

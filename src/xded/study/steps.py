@@ -1,0 +1,425 @@
+"""A study as pieces of work with content hashes: what two attempts have in common is one piece, done once.
+
+A piece's key is a hash of everything its result depends on (settings, recordings with their audio's hashes, keys of
+what it needs), never of where it lies or when it ran. Its folder is named after the key. Studies that are run in one
+folder share their pieces, too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from xded.config import Config, DecodeConfig, ObjectiveConfig, TargetConfig, TeachConfig, TrainConfig
+from xded.corpus.folds import Split, make_fold
+from xded.corpus.manifest import Corpus, Recording, read_corpus
+from xded.models.recogniser import load_recogniser
+from xded.scoring import write_predictions
+from xded.study.folder import FORMAT
+from xded.study.plan import PARENT, TEACHER, Attempt, DecodeName, Study, StudyError, stages_for, uses_targets
+from xded.targets.store import Store, audio_hash
+from xded.teachers.adapt import Teachers, jobs_of, parts_of
+from xded.teachers.posteriors import KINDS, aggregate, extract
+from xded.tokenizer import Tokenizer
+from xded.training.data import TrainingData
+from xded.training.evaluation import recognise
+from xded.training.job import Job
+from xded.training.loop import CollapsedRunError
+from xded.training.run import PATHS, fit, flat
+
+Kind = Literal["parent", "teacher", "posteriors", "targets", "attempt", "test"]
+DECODES: dict[DecodeName, DecodeConfig] = {"open": DecodeConfig(), "word list": DecodeConfig(word_list=True)}
+# on these no result depends, or something else in the key stands for them
+PLACE_ONLY = PATHS | {
+    f"{section}.{key}"
+    for section in ("train", "teach.parent", "teach.teacher")
+    for key in ("device", "threads", "loggers", "init")
+}
+KEY_CHARACTERS = 12  # of a folder's name
+FEWEST_TAKES = 2  # that have an interval
+
+
+@dataclass(frozen=True)
+class Step:
+    """A piece of work: `work` may run in another process or on another machine that sees the same folders."""
+
+    key: str
+    kind: Kind
+    title: str
+    folder: Path
+    needs: tuple[str, ...]
+    work: Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An attempt in one fold with one seed: its run folder and where its predictions are."""
+
+    attempt: str
+    held_out: tuple[str, ...]
+    seed: int
+    key: str
+    run: Path
+
+    def predictions(self, decode: DecodeName) -> Path:
+        """Predictions of a decode mode."""
+        return predictions_in(self.run, decode)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A recogniser that was there before the students, asked about a fold's test recordings."""
+
+    system: str  # "parent", "teacher M05"
+    held_out: tuple[str, ...]
+    key: str
+    folder: Path
+
+    def predictions(self, decode: DecodeName) -> Path:
+        """Predictions of a decode mode."""
+        return predictions_in(self.folder, decode)
+
+
+@dataclass(frozen=True)
+class Work:
+    """All pieces of a study in an order that satisfies their needs, and where the results will be."""
+
+    steps: tuple[Step, ...]
+    cells: tuple[Cell, ...]
+    baselines: tuple[Baseline, ...]
+    folds: tuple[tuple[str, ...], ...]
+    single_runs: int  # steps that there would be if every attempt of every fold and seed were run by itself
+
+
+def predictions_in(folder: Path, decode: DecodeName) -> Path:
+    """`predictions.jsonl` is the open one, as 'xded evaluate' writes it."""
+    return folder / ("predictions.jsonl" if decode == "open" else "predictions_word_list.jsonl")
+
+
+def key_of(*parts: Any) -> str:
+    """SHA-256 of JSON-able parts, and of the format of pieces."""
+    return hashlib.sha256(json.dumps([FORMAT, *parts], sort_keys=True).encode()).hexdigest()
+
+
+def settings(config: Config, *sections: str) -> dict[str, Any]:
+    """Config values on which a result depends: all, or those of some sections; never paths or devices."""
+    leaves = flat(config.model_dump(mode="json"))
+    kept = {key: value for key, value in leaves.items() if key not in PLACE_ONLY}
+    return {key: value for key, value in kept.items() if not sections or key.startswith(sections)}
+
+
+class Planner:
+    """Collects the pieces; a piece that is there already is not added again.
+
+    Args:
+        study, corpus: what and on what; out: the study's folder.
+    """
+
+    def __init__(self, study: Study, corpus: Corpus, out: Path) -> None:
+        self.study, self.corpus, self.out = study, corpus, out.resolve()
+        self.folds = tuple(study.folds(corpus))
+        self.steps: dict[str, Step] = {}
+        self._heard = {r.recording: key_of(r.model_dump(mode="json", exclude={"audio_filepath"}), audio_hash(r))
+                       for r in corpus.recordings}  # fmt: skip
+        self._everyone = self.heard(corpus.recordings)
+        self._parts: dict[str, tuple[Split, list[str]]] = {}
+        self._sets: dict[str, TeacherSet] = {}
+        self._tokenizers: dict[str, Tokenizer] = {}
+
+    def plan(self) -> Work:
+        """Everything: first all folds with the first seed, then with the next one.
+
+        Raises:
+            XdedError: a fold or an attempt that cannot be trained, before anything is.
+        """
+        cells, baselines = [], []
+        for seed in self.study.seeds:
+            for held_out in self.folds:
+                cells += [self._cell(name, held_out, seed) for name in self.study.attempts]
+                if self.study.baselines and seed == self.study.seeds[0]:
+                    baselines += self._baselines(held_out)
+        self._check_hypotheses()
+        alone = sum(len(self._closure(cell.key)) for cell in cells) + len(baselines)
+        order = {name: place for place, name in enumerate(self.study.attempts)}
+        cells.sort(key=lambda cell: (self.folds.index(cell.held_out), order[cell.attempt]))
+        return Work(tuple(self.steps.values()), tuple(cells), tuple(baselines), self.folds, alone)
+
+    def add(
+        self, key: str, kind: Kind, title: str, folder: Path, needs: Sequence[str], work: Callable[[], object]
+    ) -> str:
+        """Adds a piece unless it is there."""
+        self.steps.setdefault(key, Step(key, kind, title, folder, tuple(needs), work))
+        return key
+
+    def folder(self, kind: str, key: str) -> Path:
+        """Folder of a piece."""
+        return self.out / "pieces" / kind / key[:KEY_CHARACTERS]
+
+    def heard(self, recordings: Iterable[Recording]) -> str:
+        """What a result depends on of recordings: their order, their audio and all that the manifest says of them."""
+        return hashlib.sha256("".join(self._heard[r.recording] for r in recordings).encode()).hexdigest()
+
+    def _closure(self, key: str) -> set[str]:
+        """A piece and all that it needs."""
+        return {key}.union(*(self._closure(need) for need in self.steps[key].needs))
+
+    def _fold_config(self, config: Config, held_out: Sequence[str], **changes: Any) -> Config:
+        fold = config.fold.model_copy(update={"held_out": tuple(held_out), **changes})
+        return config.model_copy(update={"fold": fold, "corpus": self.corpus.path})
+
+    def parts(self, config: Config) -> tuple[Split, list[str]]:
+        """The split of a fold, and hashes of what is in its three parts."""
+        key = config.fold.model_dump_json()
+        if key not in self._parts:
+            parts = parts_of(self.corpus, make_fold(self.corpus, config.fold), config)
+            self._parts[key] = parts, [self.heard(part) for part in (parts.train, parts.validation, parts.test)]
+        return self._parts[key]
+
+    def _check_hypotheses(self) -> None:
+        """Raises when a hypothesis rests on so few test takes that there will never be an interval."""
+        for name, hypothesis in self.study.hypotheses.items():
+            config = self.study.config_of(hypothesis.attempt)
+            tested = [self.parts(self._fold_config(config, held_out))[0].test for held_out in self.folds]
+            takes = {recording.take for part in tested for recording in part}
+            if len(takes) < FEWEST_TAKES:
+                raise StudyError(
+                    f"No attempt can decide '{name}': '{hypothesis.attempt}' is tested on {len(takes)} take, which "
+                    "has no interval.",
+                    "Hold out more speakers, or speakers with more takes.",
+                )
+
+    # --- parent and teachers ----------------------------------------------------------------------------
+
+    def _teachers(self, config: Config, held_out: tuple[str, ...]) -> TeacherSet:
+        """Parent and teachers of a fold; a parent that hears controls only is the same for all folds without them."""
+        controls_only = config.teach.parent_on == "controls"
+        shared = controls_only and all(self.corpus.role_of(speaker) == "target" for speaker in held_out)
+        own = self._fold_config(config, () if shared else held_out, include_held_out=False, controls=True)
+        truth = ObjectiveConfig(
+            ctc=config.objective.ctc, cross_entropy=config.objective.cross_entropy,
+            label_smoothing=config.objective.label_smoothing,
+        )  # fmt: skip
+        own = own.model_copy(update={"objective": truth, "target": TargetConfig(), "train": TrainConfig()})
+        key = key_of("teachers", settings(own), self._given_tokenizer(own), self._everyone)
+        if key not in self._sets:
+            self._sets[key] = self._teacher_set(own, key)
+        everyone = self._sets[key]
+        # a teacher of a held-out speaker has heard the takes that the fold is tested on
+        keys = {speaker: made for speaker, made in everyone.keys.items() if speaker not in held_out}
+        if not keys:
+            raise StudyError(f"The fold without {', '.join(held_out)} has no teacher.", "Hold out fewer speakers.")
+        return replace(everyone, keys=keys)
+
+    def _teacher_set(self, config: Config, set_key: str) -> TeacherSet:
+        folder = self.folder("teachers", set_key)
+        # a run's own config says how it is made; how others are made is no concern of it
+        first, others = jobs_of(self.corpus, config, folder)
+        parent, *teachers = (
+            replace(job, config=job.config.model_copy(update={"teach": TeachConfig()})) for job in (first, *others)
+        )
+        parent_key = self.add(key_of("parent", set_key), "parent", parent.name, parent.out, (),
+                              partial(fit_job, parent))  # fmt: skip
+        keys = {}
+        for job in teachers:
+            speaker = job.out.name
+            key = key_of("teacher", set_key, speaker)
+            keys[speaker] = self.add(key, "teacher", job.name, job.out, (parent_key,), partial(fit_job, job))
+        return TeacherSet(Teachers(folder), parent_key, keys)
+
+    def _chosen(self, attempt: Attempt, name: str, teachers: TeacherSet, held_out: tuple[str, ...]) -> list[str]:
+        """Speakers whose teachers an attempt listens to."""
+        if attempt.teachers == "all":
+            return list(teachers.keys)
+        if attempt.teachers == "band":
+            bands = {self.corpus.band_of(s) for s in held_out}
+            chosen = [s for s in teachers.keys if self.corpus.band_of(s) in bands]
+        else:
+            self.corpus.require(attempt.teachers)
+            strange = [s for s in attempt.teachers if s not in teachers.keys and s not in held_out]
+            if strange:
+                raise StudyError(
+                    f"Attempt '{name}' is to listen to the teacher of {strange[0]}, and there is none: "
+                    "controls, excluded and validation speakers have no teacher.",
+                    f"Choose among {', '.join(teachers.keys)}, or all.",
+                )
+            chosen = [s for s in teachers.keys if s in attempt.teachers]
+        if not chosen:
+            raise StudyError(
+                f"Attempt '{name}' has no teacher in the fold without {', '.join(held_out)}.", "Choose others, or all."
+            )
+        return chosen
+
+    def _targets(
+        self, config: Config, train: Sequence[Recording], teachers: TeacherSet, chosen: Sequence[str]
+    ) -> tuple[str, Path]:
+        """Posteriors of every chosen teacher, then the aggregate.
+
+        Teachers are asked about all recordings of the roles that train, held-out speakers too: one piece serves the
+        attempts that include them, those that do not, and with shared teachers all folds.
+        """
+        made = settings(config, "target.top_k", "target.heard", "objective.temperature")
+        roles = {r.role for r in train}
+        needs, folders, heard_by = [], {}, {}
+        for speaker in chosen:
+            own = (speaker,) if config.target.heard == "same_prompt" else None
+            asked = tuple(r for r in self.corpus.select(speakers=own) if own or r.role in roles)
+            heard_by[speaker] = asked
+            key = key_of("posteriors", teachers.keys[speaker], made, self.heard(asked))
+            folders[speaker] = self.folder("posteriors", key)
+            best = teachers.folder.teacher(speaker) / "best.pt"
+            work = partial(extract, best, speaker, asked, config, folders[speaker])
+            needs.append(
+                self.add(key, "posteriors", f"posteriors of teacher {speaker}", folders[speaker],
+                         (teachers.keys[speaker],), work)
+            )  # fmt: skip
+        key = key_of("targets", needs, settings(config, "target.", "objective.temperature"), self.heard(train))
+        folder = self.folder("targets", key)
+        work = partial(aggregate_all, folders, heard_by, tuple(train), self.corpus.path, config, folder)
+        return self.add(key, "targets", f"targets of {len(chosen)} teachers", folder, needs, work), folder
+
+    # --- attempts -----------------------------------------------------------------------------------------
+
+    def _cell(self, name: str, held_out: tuple[str, ...], seed: int) -> Cell:
+        attempt, config = self.study.attempts[name], self.study.config_of(name)
+        own = self._fold_config(config, held_out).model_copy(update={"seed": seed, "teach": TeachConfig()})
+        fold = make_fold(self.corpus, own.fold)
+        parts, hashes = self.parts(own)
+        hears, from_parent = uses_targets(own), attempt.start == "parent"
+        teachers = self._teachers(config, held_out) if hears or from_parent else None
+        needs: list[str] = []
+        init = targets = None
+        if from_parent:
+            assert teachers is not None
+            init = teachers.folder.parent / "best.pt"
+            needs.append(teachers.parent_key)
+        if hears:
+            assert teachers is not None
+            chosen = self._chosen(attempt, name, teachers, held_out)
+            key, targets = self._targets(config, parts.train, teachers, chosen)
+            needs.append(key)
+        else:
+            own = own.model_copy(update={"target": TargetConfig()})
+        train = own.train.model_copy(update={"init": init})
+        if self.study.updates is not None:
+            stages = tuple(s for s in train.stages if init is not None or not s.freeze_encoder)
+            if not stages:
+                raise StudyError(
+                    f"Attempt '{name}' starts from scratch, and every stage of it freezes the encoder.",
+                    "Give it start: parent, or a stage that trains the encoder.",
+                )
+            plain = own.model_copy(update={"train": train.model_copy(update={"stages": stages})})
+            train = train.model_copy(update={"stages": stages_for(self.study.updates, len(parts.train), plain)})
+        own = own.model_copy(update={"train": train, "targets": targets})
+        key = key_of("attempt", settings(own), self._given_tokenizer(own), needs, hashes, self._asking())
+        job = Job(
+            name, own, parts.train, parts.validation, fold, frozenset(r.take for r in parts.test),
+            self._tokenizer(own, parts, hashes, teachers), self.folder("runs", key),
+        )  # fmt: skip
+        title = f"{name}, {'+'.join(held_out)}, seed {seed}"
+        work = partial(fit_and_test, job, parts.test, self.corpus.texts, seed)
+        self.add(key, "attempt", title, job.out, needs, work)
+        return Cell(name, held_out, seed, key, job.out)
+
+    def _asking(self) -> list[Any]:
+        """What the outputs for given weights depend on: how is decoded, and with which words."""
+        return [{name: how.model_dump(mode="json") for name, how in DECODES.items()}, self.corpus.texts]
+
+    def _given_tokenizer(self, config: Config) -> str | None:
+        """Hash of the tokenizer that the config names; one that is trained follows from settings and recordings."""
+        path = config.tokenizer.path
+        if path is None:
+            return None
+        return hashlib.sha256(Tokenizer.load(path, config.tokenizer.normaliser).model_bytes).hexdigest()
+
+    def _tokenizer(self, config: Config, parts: Split, hashes: Sequence[str], teachers: TeacherSet | None) -> Tokenizer:
+        """The teachers', the given one, or one made of the training texts (the same texts give the same tokenizer)."""
+        section = config.tokenizer
+        if teachers is not None:
+            return Tokenizer.load(teachers.folder.tokenizer, section.normaliser)
+        if section.path is not None:
+            return Tokenizer.load(section.path, section.normaliser)
+        key = section.model_dump_json() + hashes[0]
+        if key not in self._tokenizers:
+            texts = {recording.text for recording in parts.train}
+            self._tokenizers[key] = Tokenizer.train(texts, section.kind, section.vocabulary, section.normaliser)
+        return self._tokenizers[key]
+
+    # --- baselines ------------------------------------------------------------------------------------------
+
+    def _baselines(self, held_out: tuple[str, ...]) -> list[Baseline]:
+        """Parent and teachers of the study's config, tested on the fold."""
+        config = self.study.base()
+        teachers = self._teachers(config, held_out)
+        parts, hashes = self.parts(self._fold_config(config, held_out, include_held_out=False))
+        systems = {PARENT: (teachers.parent_key, teachers.folder.parent)}
+        systems |= {f"{TEACHER}{s}": (key, teachers.folder.teacher(s)) for s, key in teachers.keys.items()}
+        baselines = []
+        for system, (made, run) in systems.items():
+            key = key_of("test", made, hashes[2], self._asking())
+            folder = self.folder("tests", key)
+            work = partial(ask_about, run / "best.pt", parts.test, self.corpus.texts, folder)
+            title = f"test of {system} on {'+'.join(held_out)}"
+            self.add(key, "test", title, folder, (made,), work)
+            baselines.append(Baseline(system, held_out, key, folder))
+        return baselines
+
+
+@dataclass(frozen=True)
+class TeacherSet:
+    """Parent and teachers of a fold: where they lie, and the keys of the pieces that make them."""
+
+    folder: Teachers
+    parent_key: str
+    keys: dict[str, str]
+
+
+# --- the work itself: module-level functions, so that other processes can be given them ---------------------
+
+
+def fit_job(job: Job) -> None:
+    """Trains, or goes on."""
+    fit(replace(job, facts={}), resume=True, quiet=True)
+
+
+def fit_and_test(job: Job, test: Sequence[Recording], words: Sequence[str], seed: int) -> None:
+    """Trains an attempt and asks it about the test recordings.
+
+    A run that has collapsed is tested as it is: that it learns nothing may be the answer.
+    """
+    with suppress(CollapsedRunError):
+        fit_job(job)
+    ask_about(job.out / "best.pt", test, words, job.out, seed)
+
+
+def ask_about(checkpoint: Path, test: Sequence[Recording], words: Sequence[str], out: Path, seed: int = 0) -> None:
+    """Predictions of every decode mode."""
+    out.mkdir(parents=True, exist_ok=True)
+    recogniser = load_recogniser(checkpoint)
+    data = TrainingData(test, recogniser.student.front_end, recogniser.tokenizer)
+    for decode, how in DECODES.items():
+        listed = words if how.word_list else None
+        write_predictions(
+            predictions_in(out, decode), recognise(recogniser.student, data, how, word_list=listed, seed=seed)
+        )
+
+
+def aggregate_all(
+    folders: dict[str, Path],
+    heard_by: dict[str, tuple[Recording, ...]],
+    recordings: Sequence[Recording],
+    corpus: Path,
+    config: Config,
+    out: Path,
+) -> None:
+    """One target a recording and kind."""
+    loaded = read_corpus(corpus)
+    kinds = KINDS if config.target.heard == "same_audio" else ("decoder",)
+    for kind in kinds:
+        stores = {speaker: Store(folder / kind) for speaker, folder in folders.items()}
+        aggregate(kind, stores, heard_by, recordings, loaded, config, out)
