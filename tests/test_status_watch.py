@@ -237,7 +237,7 @@ def test_the_state_that_a_study_writes_is_understood(tmp_path: Path) -> None:
     progress = Progress({"good": "done", "bad": "failed"}, {"good": 3.0}, {"bad": "The disk is full."})
     (tmp_path / LOCK).write_text(json.dumps(ALIVE))
     study = build(yaml.safe_load(built_in("debug")), "debug")
-    _Watcher(study, work, tmp_path, lambda line: None)(progress, final=True)
+    _Watcher(study, work, tmp_path, lambda line: None, 1)(progress, final=True)
     (tmp_path / LOCK).unlink()
     view = read_study_view(tmp_path)
     assert (view.name, view.state) == ("debug", "failed")

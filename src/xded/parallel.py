@@ -48,6 +48,18 @@ def pool(jobs: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker)
 
 
+def worker() -> ProcessPoolExecutor:
+    """A process by itself. Ctrl-C does not reach it: whoever started it ends it, a training run with SIGTERM."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, mp_context=context, initializer=_start_apart)
+
+
+def _start_apart() -> None:
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+    _start_worker()
+
+
 def run_all(
     function: Callable[[Argument], Result],
     arguments: Sequence[Argument],

@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # report.study writes this page
 TEMPLATE = "study_page.html"
 MOST_PANELS = 10  # attempts with pictures of their own: keeps the page small
 CONFUSIONS_SHOWN = 8
+TITLES_SHOWN = 20  # of pieces that are not done
 INTERVAL = re.compile(r"^(?P<value>-?[\d.]+) (?P<interval>\[[^\]]+\])$")
 STATES = {
     "running": "running",
@@ -133,7 +134,8 @@ def _todo(outcome: Outcome) -> list[tuple[str, list[str]]]:
         steps = [step for step in outcome.work.steps if states[step.key] == state]
         if steps and state != "done":
             said = [step.title + (f": {errors[step.key]}" if step.key in errors else "") for step in steps]
-            found.append((f"{len(steps)} {state}", said))
+            rest = [f"and {len(said) - TITLES_SHOWN} more"] if len(said) > TITLES_SHOWN else []
+            found.append((f"{len(steps)} {state}", said[:TITLES_SHOWN] + rest))
     return found
 
 
