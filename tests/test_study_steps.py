@@ -13,7 +13,6 @@ import soundfile
 
 from tiny_corpus import WORDS, write_corpus
 from tiny_study import CONFIG, CTC_KD, DECODER_KD, TRAIN, tiny_study
-from xded.config import DecodeConfig
 from xded.corpus.manifest import Corpus, Recording, read_corpus, write_manifest
 from xded.errors import ConfigError, CorpusError
 from xded.study import folder, steps
@@ -92,7 +91,7 @@ def set_all(**sections: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
         ({"objective": {"label_smoothing": 0.1}}, "all"),
         ({"objective": {"temperature": 3.0}}, "heard"),
         ({"target": {"top_k": 4}}, "heard"),
-        ({"objective": {"blank_threshold": 0.5}}, "attempt"),
+        ({"objective": {"blank_threshold": 0.5}}, "student"),
         ({"train": {"batch_size": 4}}, "attempt"),
         ({"teach": {"teacher": {**TRAIN, "weight_decay": 0.5}}}, "taught"),
         ({"train": {"threads": 3, "device": "cuda", "loggers": ["tensorboard"]}}, "none"),
@@ -105,19 +104,17 @@ def test_settings_change_the_keys_of_what_depends_on_them(
     attempts = {"student": CTC_KD, "scratch": {}}
     before = plan(corpus, tmp_path, attempts)
     after = plan(corpus, tmp_path, attempts, config=set_all(**sections)(CONFIG))
-    by_title = {step.title: step for step in before.steps}
-    differing = {step.title for step in after.steps if by_title[step.title].key != step.key}
-    scratch = {title for title in by_title if title.startswith("scratch")}
+    titles = {step.title: step.kind for step in after.steps}
+    scratch = {title for title in titles if title.startswith("scratch")}
     expected = {
-        "all": set(by_title),
-        "heard": {s.title for s in before.steps if s.kind in ("posteriors", "targets", "attempt")},
-        "attempt": {s.title for s in before.steps if s.kind == "attempt"},
-        "taught": set(by_title) - scratch,
+        "all": set(titles),
+        "heard": {title for title, kind in titles.items() if kind in ("posteriors", "targets", "attempt")} - scratch,
+        "student": {title for title in titles if title.startswith("student")},
+        "attempt": {title for title, kind in titles.items() if kind == "attempt"},
+        "taught": set(titles) - scratch,
         "none": set(),
     }[changed]
-    if changed == "heard" and "target" in sections:
-        expected -= scratch
-    assert differing == expected
+    assert {step.title for step in after.steps if step.key not in keys(before)} == expected
 
 
 def rewritten(corpus: Corpus, tmp_path: Path, change: Callable[[Recording], dict[str, Any]]) -> Corpus:
@@ -133,9 +130,10 @@ def test_whatever_the_manifest_says_is_in_the_keys_and_where_it_lies_is_not(corp
     bands: dict[str, Any] = {"t1": {"band": "low"}}
     after = plan(rewritten(corpus, tmp_path, lambda r: bands.get(r.speaker, {})), tmp_path)
     assert not keys(after) & keys(before)  # predictions say the band
+    one = corpus.recordings[0].recording
     for change in ({"text": "AD"}, {"prompt": "other"}):
-        one = corpus.recordings[0].recording
-        after = plan(rewritten(corpus, tmp_path, lambda r, c=change: c if r.recording == one else {}), tmp_path)
+        changes: dict[str, Any] = {one: change}
+        after = plan(rewritten(corpus, tmp_path, lambda r, of=changes: of.get(r.recording, {})), tmp_path)
         assert not keys(after, "parent") & keys(before)
 
 
@@ -161,19 +159,30 @@ def test_a_given_tokenizer_is_known_by_what_is_in_it(corpus: Corpus, tmp_path: P
     assert not with_tokenizer((*WORDS, "ABCDE"), "a.model") & first
 
 
-def test_format_decoding_and_listed_words_are_in_the_keys(
+def test_format_and_listed_words_are_in_the_keys(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = plan(corpus, tmp_path, baselines=True)
-    with monkeypatch.context() as patch:
-        patch.setitem(steps.DECODES, "open", DecodeConfig(beam=2))
-        after = plan(corpus, tmp_path, baselines=True)
-        assert not keys(after, "attempt", "test") & keys(before)
-        assert keys(after, "teacher") == keys(before, "teacher")
+    before = plan(corpus, tmp_path, held_out=["t1"], baselines=True)
+    new = rewritten(corpus, tmp_path, lambda r: {"text": "DAD"} if r.recording == "t3_AB_0" else {})
+    after = plan(new, tmp_path, {"scratch": {}}, held_out=["t1"], config=set_all(fold={"exclude": ["t3"]})(CONFIG))
+    same = plan(corpus, tmp_path, {"scratch": {}}, held_out=["t1"], config=set_all(fold={"exclude": ["t3"]})(CONFIG))
+    assert keys(after) != keys(same)  # one more word to choose from
     monkeypatch.setattr(steps, "FORMAT", folder.FORMAT + 1)
-    assert not keys(plan(corpus, tmp_path, baselines=True)) & keys(before)
-    fewer = replace(corpus, recordings=tuple(r for r in corpus.recordings if r.speaker != "t3"))
-    assert fewer.texts == corpus.texts
+    assert not keys(plan(corpus, tmp_path, held_out=["t1"], baselines=True)) & keys(before)
+
+
+def test_outputs_are_decoded_as_the_attempt_says_and_never_with_an_untrained_head(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    decoder = {"objective.ctc": 0.0, "decode.mode": "decoder", "decode.beam": 4}
+    attempts = {"plain": {}, "decoder": {"set": decoder}, "ctc": {"set": {"objective.cross_entropy": 0.0}}}
+    work = plan(corpus, tmp_path, attempts, held_out=["t1"])
+    how = {s.title.partition(",")[0]: s.work.args[3] for s in work.steps}  # type: ignore[attr-defined]
+    assert {name: (d["open"].mode, d["open"].beam) for name, d in how.items()} == {
+        "plain": ("ctc", 1), "decoder": ("decoder", 4), "ctc": ("ctc", 1),
+    }  # fmt: skip
+    assert all(d["word list"].word_list and not d["open"].word_list for d in how.values())
+    assert {name: d["word list"].ctc_weight for name, d in how.items()} == {"plain": 0.5, "decoder": 0.0, "ctc": 1.0}
 
 
 def test_a_held_out_control_has_not_been_heard_by_the_parent(corpus: Corpus, tmp_path: Path) -> None:
@@ -222,7 +231,7 @@ def test_teachers_of_an_attempt(corpus: Corpus, tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=r"no speaker 'T2' \(did you mean 't2'"):
         listened_to(["T2"], ["t1"])
     with pytest.raises(StudyError, match="The fold without t1, t2, t3 has no teacher"):
-        plan(corpus, tmp_path, {"a": CTC_KD}, held_out=[["t1", "t2", "t3"]])
+        plan(corpus, tmp_path, {"a": {**CTC_KD, "controls": True}}, held_out=[["t1", "t2", "t3"]])
 
 
 def test_same_prompt_asks_every_teacher_about_its_own_speaker(corpus: Corpus, tmp_path: Path) -> None:

@@ -11,14 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from xded.config import Config, DecodeConfig, StageConfig
+from xded.config import Config, DecodeConfig
 from xded.corpus.folds import Fold, Split, make_fold
 from xded.corpus.manifest import Corpus, Recording
 from xded.errors import ConfigError
 from xded.models.recogniser import load_recogniser
 from xded.parallel import run_all
-from xded.report.main_job import BEST_TEACHER, ORACLE, VOTE
 from xded.scoring import Prediction, read_predictions, write_predictions
+from xded.study.plan import BEST_TEACHER, ORACLE, VOTE, stages_for
 from xded.teachers.adapt import Teachers, parts_of, teach
 from xded.teachers.crosstest import ask_all, best_by_speaker, oracle, vote
 from xded.teachers.posteriors import make_targets
@@ -93,14 +93,6 @@ def with_held_out(config: Config, held_out: Sequence[str], *, controls: bool = T
     """The config of a fold."""
     fold = config.fold.model_copy(update={"held_out": tuple(held_out), "controls": controls})
     return config.model_copy(update={"fold": fold})
-
-
-def stages_for(updates: int, recordings: int, config: Config) -> tuple[StageConfig, ...]:
-    """The config's stages with epochs scaled so that all together make about `updates` updates."""
-    per_epoch = -(-recordings // config.train.batch_size) / config.train.accumulate
-    total = sum(stage.epochs for stage in config.train.stages)
-    epochs = updates / per_epoch
-    return tuple(s.model_copy(update={"epochs": max(1, round(epochs * s.epochs / total))}) for s in config.train.stages)
 
 
 def attempt_config(system: str, config: Config, parts: Split, plan: Plan, parent: Path, targets: Path) -> Config:

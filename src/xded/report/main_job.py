@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from xded.config import DecodeConfig
 from xded.report.tables import Table, cell
 from xded.scoring import Comparison, Estimate, Prediction, Scores, compare, score
+from xded.study.plan import BEST_TEACHER, ORACLE, VOTE
 from xded.training.evaluation import decoded_how
 
-BEST_TEACHER = "best teacher"
-VOTE = "vote of the teachers"
-ORACLE = "any-teacher oracle"
 CHANCE = "chance"
 SIGNIFICANT = 0.05
 

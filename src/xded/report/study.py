@@ -151,7 +151,7 @@ def report_of(outcome: Outcome, out: Path, study_argument: str) -> StudyReport:
 
 def suspicions_of(outcome: Outcome) -> list[Finding]:
     """Findings on the attempts' runs that make their evaluation void."""
-    runs = dict.fromkeys(run for r in outcome.results if r.source in ("attempt", "imported") for run in r.runs)
+    runs = dict.fromkeys(run for r in outcome.results if r.source == "attempt" for run in r.runs)
     if not runs:
         return []
     return [f for f in examine_all(list(runs)).at_least("refuse") if f.check in VOID]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +10,17 @@ from pathlib import Path
 from xded.checks.readings import as_stored, preferred, read_with
 from xded.doctor.examine import examine_all
 from xded.errors import XdedError
-from xded.evaluations import Evaluation, read_evaluation, recognise
+from xded.evaluations import PREDICTIONS, Evaluation, read_evaluation, recognise
 from xded.findings import Finding
-from xded.scoring import Estimate, Prediction, write_predictions
+from xded.scoring import Estimate, Prediction, read_predictions, write_predictions
 from xded.study.outcome import Result
 from xded.study.plan import StudyError
 from xded.teachers.crosstest import wra
 from xded.tokenizer import Tokenizer
+from xded.training.status import write_atomically
+
+FOLDER = "imported"
+SAID = "imported.json"
 
 # what the files of the reference study are in its history (see the built-in study `debug`)
 REFERENCE_NAMES = {
@@ -46,13 +51,6 @@ class Imported:
     reported_percent: float | None
     recomputed: Estimate
     findings: tuple[Finding, ...]
-
-    @property
-    def result(self) -> Result:
-        """As a study holds it: the speakers of the file are its fold."""
-        return Result(
-            self.name, "imported", self.evaluation.speakers, {"open": self.predictions}, (self.evaluation.path,)
-        )
 
 
 def evaluation_files(paths: Iterable[Path]) -> list[Path]:
@@ -122,8 +120,22 @@ def _with_distinct_names(rows: Sequence[Imported]) -> list[Imported]:
 
 
 def keep(rows: Iterable[Imported], out: Path) -> None:
-    """Writes each row's recomputed predictions to OUT/imported/NAME/predictions.jsonl."""
+    """Writes each row to OUT/imported/NAME: recomputed predictions, and what the file said of itself."""
     for row in rows:
-        folder = out / "imported" / "".join(c if c.isalnum() or c in "-_" else "_" for c in row.name)
+        folder = out / FOLDER / "".join(c if c.isalnum() or c in "-_" else "_" for c in row.name)
         folder.mkdir(parents=True, exist_ok=True)
-        write_predictions(folder / "predictions.jsonl", row.predictions)
+        write_predictions(folder / PREDICTIONS, row.predictions)
+        said = {"name": row.name, "file": str(row.evaluation.path), "reported_percent": row.reported_percent}
+        write_atomically(folder / SAID, json.dumps(said, indent=1))
+
+
+def imported_results(out: Path) -> list[Result]:
+    """What `keep` has left in a study's folder, as rows of the study: the speakers of a file are its fold."""
+    results = []
+    for path in sorted((out / FOLDER).glob(f"*/{SAID}")):
+        said = json.loads(path.read_text(encoding="utf-8"))
+        predictions = read_predictions(path.with_name(PREDICTIONS))
+        speakers = tuple(sorted({p.speaker for p in predictions}))
+        reported = said["reported_percent"]
+        results.append(Result(said["name"], "imported", speakers, {"open": predictions}, (path.parent,), reported))
+    return results

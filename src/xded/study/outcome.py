@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,8 +13,8 @@ from rapidfuzz.distance import Levenshtein
 from xded.scoring import Prediction, read_predictions
 from xded.study.engine import Progress
 from xded.study.plan import BEST_TEACHER as BEST_TEACHER
+from xded.study.plan import MEAN_TEACHER, PARENT, TEACHER, DecodeName
 from xded.study.plan import ORACLE as ORACLE
-from xded.study.plan import PARENT, TEACHER, DecodeName
 from xded.study.plan import VOTE as VOTE
 from xded.study.steps import DECODES, Cell, Work
 from xded.teachers.crosstest import best_by_speaker, oracle, vote
@@ -78,9 +78,13 @@ def derived(asked: Sequence[Result], held_out: tuple[str, ...], words: Sequence[
     found = []
     teachers = [r for r in asked if r.system.startswith(TEACHER)]
     if teachers:
-        made: dict[str, dict[DecodeName, list[Prediction]]] = {BEST_TEACHER: {}, VOTE: {}, ORACLE: {}}
+        made: dict[str, dict[DecodeName, list[Prediction]]] = {MEAN_TEACHER: {}, BEST_TEACHER: {}, VOTE: {}, ORACLE: {}}
         for decode in DECODES:
             said = {r.system: r.of(decode) for r in teachers}
+            # each teacher in the place of a seed: what all say of a take stays together in the intervals
+            made[MEAN_TEACHER][decode] = [
+                replace(p, seed=number) for number, system in enumerate(sorted(said)) for p in said[system]
+            ]
             made[BEST_TEACHER][decode] = best_by_speaker(said, normaliser)
             made[VOTE][decode] = vote(said)
             made[ORACLE][decode] = oracle(said, normaliser)

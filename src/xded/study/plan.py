@@ -24,6 +24,7 @@ EVALUATION = "evaluation"  # what `next` calls the examination of the evaluation
 # systems that a study's tables hold besides its attempts
 PARENT = "parent"
 TEACHER = "teacher "  # and the speaker
+MEAN_TEACHER = "mean of the teachers"
 BEST_TEACHER = "best teacher"  # of each speaker, chosen after the fact
 VOTE = "vote of the teachers"
 ORACLE = "any-teacher oracle"

@@ -19,6 +19,7 @@ from xded.errors import CorpusError
 from xded.models.checkpoints import sha256_of
 from xded.study.engine import LocalWorkers, Progress, Workers, is_done, run, seconds_of
 from xded.study.folder import STUDY, locked, read_state, require_format, write_state
+from xded.study.imported import imported_results
 from xded.study.outcome import Result, collect
 from xded.study.plan import Study, StudyError, load
 from xded.study.steps import Planner, Step, Work
@@ -90,7 +91,7 @@ def run_study(
         watcher = _Watcher(study, work, out, say, workers.slots)
         progress = run(work.steps, workers, fits=watcher.fits, watch=watcher)
         watcher(progress, final=True)
-        results = collect(work, progress, corpus.texts, study.base().tokenizer.normaliser)
+        results = [*collect(work, progress, corpus.texts, study.base().tokenizer.normaliser), *imported_results(out)]
         minutes = (time.monotonic() - watcher.begun) / 60
         return Outcome(study, corpus, work, progress, tuple(results), minutes, ended(progress))
 
@@ -159,7 +160,7 @@ def read_study(out: Path) -> Outcome:
             f"Put the old ones back, or run it again: xded study run {out / STUDY} --out {out}",
         )
     progress = _progress_of(work, kept, running=state["state"] == "running")
-    results = collect(work, progress, corpus.texts, study.base().tokenizer.normaliser)
+    results = [*collect(work, progress, corpus.texts, study.base().tokenizer.normaliser), *imported_results(out)]
     begun, last = (datetime.fromisoformat(state[key]) for key in ("started", "heartbeat"))
     return Outcome(study, corpus, work, progress, tuple(results), (last - begun).total_seconds() / 60, state["state"])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,7 +34,7 @@ from xded.training.loop import CollapsedRunError
 from xded.training.run import PATHS, fit, flat
 
 Kind = Literal["parent", "teacher", "posteriors", "targets", "attempt", "test"]
-DECODES: dict[DecodeName, DecodeConfig] = {"open": DecodeConfig(), "word list": DecodeConfig(word_list=True)}
+DECODES: tuple[DecodeName, ...] = ("open", "word list")
 # on these no result depends, or something else in the key stands for them
 PLACE_ONLY = PATHS | {
     f"{section}.{key}"
@@ -112,6 +112,32 @@ def settings(config: Config, *sections: str) -> dict[str, Any]:
     leaves = flat(config.model_dump(mode="json"))
     kept = {key: value for key, value in leaves.items() if key not in PLACE_ONLY}
     return {key: value for key, value in kept.items() if not sections or key.startswith(sections)}
+
+
+def decodes_of(config: Config) -> dict[DecodeName, DecodeConfig]:
+    """How the outputs of a run are decoded: as its config says, and with the listed words.
+
+    Listed words are scored with both heads, but for a head that the objective never trains.
+    """
+    objective, weight = config.objective, config.decode.ctc_weight
+    if not (objective.ctc or objective.ctc_kd):
+        weight = 0.0
+    elif not (objective.cross_entropy or objective.decoder_kd):
+        weight = 1.0
+    listed = {"word_list": True, "ctc_weight": weight}
+    return {
+        "open": config.decode.model_copy(update={"word_list": False}),
+        "word list": config.decode.model_copy(update=listed),
+    }
+
+
+def without_targets(config: Config) -> Config:
+    """The config of a supervised run: what is said of targets has no part in it."""
+    objective = config.objective
+    truth = ObjectiveConfig(
+        ctc=objective.ctc, cross_entropy=objective.cross_entropy, label_smoothing=objective.label_smoothing
+    )
+    return config.model_copy(update={"objective": truth, "target": TargetConfig()})
 
 
 class Planner:
@@ -201,11 +227,7 @@ class Planner:
         controls_only = config.teach.parent_on == "controls"
         shared = controls_only and all(self.corpus.role_of(speaker) == "target" for speaker in held_out)
         own = self._fold_config(config, () if shared else held_out, include_held_out=False, controls=True)
-        truth = ObjectiveConfig(
-            ctc=config.objective.ctc, cross_entropy=config.objective.cross_entropy,
-            label_smoothing=config.objective.label_smoothing,
-        )  # fmt: skip
-        own = own.model_copy(update={"objective": truth, "target": TargetConfig(), "train": TrainConfig()})
+        own = without_targets(own).model_copy(update={"train": TrainConfig()})
         key = key_of("teachers", settings(own), self._given_tokenizer(own), self._everyone)
         if key not in self._sets:
             self._sets[key] = self._teacher_set(own, key)
@@ -304,7 +326,7 @@ class Planner:
             key, targets = self._targets(config, parts.train, teachers, chosen)
             needs.append(key)
         else:
-            own = own.model_copy(update={"target": TargetConfig()})
+            own = without_targets(own)
         train = own.train.model_copy(update={"init": init})
         if self.study.updates is not None:
             stages = tuple(s for s in train.stages if init is not None or not s.freeze_encoder)
@@ -316,19 +338,15 @@ class Planner:
             plain = own.model_copy(update={"train": train.model_copy(update={"stages": stages})})
             train = train.model_copy(update={"stages": stages_for(self.study.updates, len(parts.train), plain)})
         own = own.model_copy(update={"train": train, "targets": targets})
-        key = key_of("attempt", settings(own), self._given_tokenizer(own), needs, hashes, self._asking())
+        key = key_of("attempt", settings(own), self._given_tokenizer(own), needs, hashes, self.corpus.texts)
         job = Job(
             name, own, parts.train, parts.validation, fold, frozenset(r.take for r in parts.test),
             self._tokenizer(own, parts, hashes, teachers), self.folder("runs", key),
         )  # fmt: skip
         title = f"{name}, {'+'.join(held_out)}, seed {seed}"
-        work = partial(fit_and_test, job, parts.test, self.corpus.texts, seed)
+        work = partial(fit_and_test, job, parts.test, self.corpus.texts, decodes_of(own), seed)
         self.add(key, "attempt", title, job.out, needs, work)
         return Cell(name, held_out, seed, key, job.out)
-
-    def _asking(self) -> list[Any]:
-        """What the outputs for given weights depend on: how is decoded, and with which words."""
-        return [{name: how.model_dump(mode="json") for name, how in DECODES.items()}, self.corpus.texts]
 
     def _given_tokenizer(self, config: Config) -> str | None:
         """Hash of the tokenizer that the config names; one that is trained follows from settings and recordings."""
@@ -357,13 +375,15 @@ class Planner:
         config = self.study.base()
         teachers = self._teachers(config, held_out)
         parts, hashes = self.parts(self._fold_config(config, held_out, include_held_out=False))
+        decodes = decodes_of(without_targets(config))
+        decoded = {name: how.model_dump(mode="json") for name, how in decodes.items()}
         systems = {PARENT: (teachers.parent_key, teachers.folder.parent)}
         systems |= {f"{TEACHER}{s}": (key, teachers.folder.teacher(s)) for s, key in teachers.keys.items()}
         baselines = []
         for system, (made, run) in systems.items():
-            key = key_of("test", made, hashes[2], self._asking())
+            key = key_of("test", made, hashes[2], decoded, self.corpus.texts)
             folder = self.folder("tests", key)
-            work = partial(ask_about, run / "best.pt", parts.test, self.corpus.texts, folder)
+            work = partial(ask_about, run / "best.pt", parts.test, self.corpus.texts, decodes, folder)
             title = f"test of {system} on {'+'.join(held_out)}"
             self.add(key, "test", title, folder, (made,), work)
             baselines.append(Baseline(system, held_out, key, folder))
@@ -387,22 +407,31 @@ def fit_job(job: Job) -> None:
     fit(replace(job, facts={}), resume=True, quiet=True)
 
 
-def fit_and_test(job: Job, test: Sequence[Recording], words: Sequence[str], seed: int) -> None:
+def fit_and_test(
+    job: Job, test: Sequence[Recording], words: Sequence[str], decodes: Mapping[DecodeName, DecodeConfig], seed: int
+) -> None:
     """Trains an attempt and asks it about the test recordings.
 
     A run that has collapsed is tested as it is: that it learns nothing may be the answer.
     """
     with suppress(CollapsedRunError):
         fit_job(job)
-    ask_about(job.out / "best.pt", test, words, job.out, seed)
+    ask_about(job.out / "best.pt", test, words, decodes, job.out, seed)
 
 
-def ask_about(checkpoint: Path, test: Sequence[Recording], words: Sequence[str], out: Path, seed: int = 0) -> None:
+def ask_about(
+    checkpoint: Path,
+    test: Sequence[Recording],
+    words: Sequence[str],
+    decodes: Mapping[DecodeName, DecodeConfig],
+    out: Path,
+    seed: int = 0,
+) -> None:
     """Predictions of every decode mode."""
     out.mkdir(parents=True, exist_ok=True)
     recogniser = load_recogniser(checkpoint)
     data = TrainingData(test, recogniser.student.front_end, recogniser.tokenizer)
-    for decode, how in DECODES.items():
+    for decode, how in decodes.items():
         listed = words if how.word_list else None
         write_predictions(
             predictions_in(out, decode), recognise(recogniser.student, data, how, word_list=listed, seed=seed)

@@ -15,8 +15,6 @@ from xded.findings import Finding
 from xded.scoring import Comparison, Estimate, Prediction, Scores, compare, is_right, score
 from xded.study.outcome import Result
 from xded.study.plan import EVALUATION, SUSPECT, DecodeName, Hypothesis, NextStep, Study, Verdict
-from xded.study.steps import DECODES
-from xded.training.evaluation import decoded_how
 
 Z = 1.96  # of a 95 % interval
 TAIL = 0.025  # beyond either of its ends
@@ -72,7 +70,12 @@ def scores_of(
     resamples: int = 2000,
 ) -> Scores:
     """One `Scores` with what a number must say; `resamples` as in `score`."""
-    conditions = {"speakers": "seen" if included else "unseen", "words": "seen", **decoded_how(DECODES[decode])}
+    conditions = {
+        "speakers": "seen" if included else "unseen",
+        "words": "seen",
+        "word_list": "open" if decode == "open" else "closed",
+        "decode": "as the config of each run says",
+    }
     return score(predictions, normaliser=normaliser, word_list=words, conditions=conditions, resamples=resamples)
 
 
