@@ -267,7 +267,7 @@ def mean_memory() -> AbstractContextManager[Any]:
     return around(Student, "decoder_logits", pooled)
 
 
-@fault("attention over one mean vector", FAMILY, "attention", probe=True, meanwhile=mean_memory)
+@fault("attention over one mean vector", FAMILY, "attention", meanwhile=mean_memory)
 def nothing_to_attend_to(bench: Workbench, out: Path) -> list[Path]:
     """The encoder's output is averaged over time before the decoder sees it: there is nothing to attend to."""
     with mean_memory():

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
 from xded import evaluations
 from xded.checks import tokens
+from xded.checks.training import heads_of
 from xded.corpus.manifest import MANIFEST_NAME
 from xded.doctor import corpora, listings, posteriors, probes, results, runs
 from xded.doctor.given import Given
-from xded.doctor.run_folder import looks_like_run, read_run
+from xded.doctor.run_folder import RunFolder, looks_like_run, read_run
 from xded.errors import ConfigError, XdedError
 from xded.evaluations import read_evaluation
 from xded.findings import Examination
@@ -54,8 +55,11 @@ def examine_all(paths: Sequence[Path], *, probe: bool = False, seed: int = 0) ->
     gatherer.add_related()
     for examine in (corpora.examine, posteriors.examine, runs.examine, results.examine):
         examine(examination, given)
-    if probe:
-        probe_all(examination, given, seed)
+    for run in given.runs:
+        if probe:
+            probe_run(examination, run, given, seed)
+        elif run.config is not None and "decoder" in heads_of(run.config.decode):
+            probe_run(examination, run, given, seed, only=("attention",))  # a second; the others take minutes
     return examination
 
 
@@ -177,22 +181,24 @@ def _near(path: Path, named: str | None) -> Iterable[Path]:
                     yield found.resolve()
 
 
-def probe_all(examination: Examination, given: Given, seed: int) -> None:
-    """Active probes of every run that has a checkpoint and a corpus."""
-    for run in given.runs:
-        path = run.checkpoints.get("best.pt") or next(iter(run.checkpoints.values()), None)
-        if path is None or run.config is None:
-            examination.cannot(f"active probes of {run.path}", "it has no checkpoint.")
-            continue
-        try:
-            recogniser = load_recogniser(path)
-        except XdedError as error:
-            examination.cannot(f"active probes of {run.path}", str(error))
-            continue
-        wanted = run.config.corpus
-        corpus = next((c for c in given.corpora if wanted and c.path.parent == Path(wanted).resolve()), None)
-        corpus = corpus or next(iter(given.corpora), None)
-        if corpus is None:
-            examination.cannot(f"active probes of {run.path}", "no corpus was given, and the run's is not there.")
-            continue
-        probes.examine_probes(examination, recogniser, corpus, run.config, seed=seed)
+def probe_run(
+    examination: Examination, run: RunFolder, given: Given, seed: int, only: Collection[str] | None = None
+) -> None:
+    """Active probes (all, or only these) of a run that has a checkpoint and a corpus."""
+    what = f"{'active probes' if only is None else ', '.join(only)} of {run.path}"
+    path = run.checkpoints.get("best.pt") or next(iter(run.checkpoints.values()), None)
+    if path is None or run.config is None:
+        examination.cannot(what, "it has no checkpoint.")
+        return
+    try:
+        recogniser = load_recogniser(path)
+    except XdedError as error:
+        examination.cannot(what, str(error))
+        return
+    wanted = run.config.corpus
+    corpus = next((c for c in given.corpora if wanted and Path(wanted).resolve() in (c.path, c.path.parent)), None)
+    corpus = corpus or next(iter(given.corpora), None)
+    if corpus is None:
+        examination.cannot(what, "no corpus was given, and the run's is not there.")
+        return
+    probes.examine_probes(examination, recogniser, corpus, run.config, seed=seed, only=only)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -80,7 +80,13 @@ OWN_CODE = "Every result depends on it: find the change with the tests ('make te
 
 
 def examine_probes(
-    examination: Examination, recogniser: Recogniser, corpus: Corpus, config: Config, *, seed: int = 0
+    examination: Examination,
+    recogniser: Recogniser,
+    corpus: Corpus,
+    config: Config,
+    *,
+    seed: int = 0,
+    only: Collection[str] | None = None,
 ) -> None:
     """Runs every probe on a checkpoint and the corpus of its run.
 
@@ -88,6 +94,7 @@ def examine_probes(
         examination: findings go there.
         recogniser: the checkpoint, on the CPU; corpus: of its run; config: of its run.
         seed: of the recordings that are drawn, and of the short trainings.
+        only: names of `PROBES` (default: all).
     """
     where = str(recogniser.path)
     if not all(value.isfinite().all() for value in recogniser.student.state_dict().values()):
@@ -106,6 +113,8 @@ def examine_probes(
     with tempfile.TemporaryDirectory(prefix="xded-probes-") as folder:
         bench = Bench(recogniser, config, train, test, seed, Path(folder))
         for check, probe in PROBES.items():
+            if only is not None and check not in only:
+                continue
             if too_large(bench, probe.most_parameters):
                 size = f"{bench.parameters / 1e6:.0f} M parameters"
                 examination.cannot(f"probe '{check}' of {where}", f"training {size} on a processor takes too long.")
