@@ -96,8 +96,8 @@ def sharing(corpus: Path, speakers: list[str], singles: int, jobs: int) -> list[
 
 def ray(corpus: Path, speakers: list[str]) -> list[str]:
     """One worker, two workers, and the local engine."""
-    plan = study(corpus, speakers[:2], updates=200, seeds=2)
-    lines = ["\n2 folds, 4 attempts of 200 updates, 2 seeds; Ray on one machine.\n",
+    plan = study(corpus, speakers[:2], updates=120, seeds=2)
+    lines = ["\n2 folds, 4 attempts of 120 updates, 2 seeds; Ray on one machine.\n",
              "| workers | wall-clock s | times as fast | table |", "| --- | ---: | ---: | --- |"]  # fmt: skip
     first: tuple[float, list[tuple[str, ...]]] | None = None
     for name, slots in (("Ray, 1", 1), ("Ray, 2", 2), ("local, 2", 0)):

@@ -207,7 +207,9 @@ def test_a_parent_of_the_fold_is_made_for_each_fold_and_shared_by_included_and_h
 def test_without_baselines_only_what_attempts_need_is_trained(corpus: Corpus, tmp_path: Path) -> None:
     assert {s.kind for s in plan(corpus, tmp_path, {"scratch": {}}).steps} == {"attempt"}
     from_parent = plan(corpus, tmp_path, {"p": {"start": "parent"}}, held_out=["t1"])
-    assert keys(from_parent, "parent")
+    assert {s.kind for s in from_parent.steps} == {"parent", "attempt"}
+    one_teacher = plan(corpus, tmp_path, {"a": {**CTC_KD, "teachers": ["t2"]}}, held_out=["t1"])
+    assert [s.title for s in one_teacher.steps if s.kind == "teacher"] == ["teacher t2"]
     all_of_it = plan(corpus, tmp_path, {"scratch": {}}, baselines=True)
     assert {b.system for b in all_of_it.baselines} == {"parent", "teacher t1", "teacher t2", "teacher t3"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ def evaluation_files(paths: Iterable[Path]) -> list[Path]:
                 f"{path} holds no evaluation that xded knows.", "Give files of 'xded evaluate' or the like."
             )
         found += known
-    return found
+    return list({path.resolve(): path for path in found}.values())
 
 
 def read_all(paths: Iterable[Path], tokenizers: Mapping[str, Tokenizer]) -> tuple[list[Imported], list[str]]:
@@ -76,6 +77,9 @@ def read_all(paths: Iterable[Path], tokenizers: Mapping[str, Tokenizer]) -> tupl
 
     Args:
         paths: files and folders; tokenizers: by name, to decode stored ids with.
+
+    Raises:
+        StudyError: no file could be read.
     """
     rows, unread = [], []
     for path in evaluation_files(paths):
@@ -83,6 +87,11 @@ def read_all(paths: Iterable[Path], tokenizers: Mapping[str, Tokenizer]) -> tupl
             rows.append(_read(path, tokenizers))
         except XdedError as error:
             unread.append(f"{path}: {error}")
+    if not rows:
+        raise StudyError(
+            f"None of {len(unread)} files can be imported. {unread[0]}",
+            "Give files that hold outputs, and the tokenizer of their ids with --tokenizer.",
+        )
     return _with_distinct_names(rows), unread
 
 
@@ -110,19 +119,24 @@ def _read(path: Path, tokenizers: Mapping[str, Tokenizer]) -> Imported:
 
 def _with_distinct_names(rows: Sequence[Imported]) -> list[Imported]:
     """Files of one name in two folders keep both: the later ones get their folder's name."""
-    seen: dict[str, int] = {}
+    seen: Counter[str] = Counter()
     named = []
     for row in rows:
-        count = seen[row.name] = seen.get(row.name, 0) + 1
+        seen[_as_folder(row.name)] += 1
+        count = seen[_as_folder(row.name)]
         name = row.name if count == 1 else f"{row.name} ({row.evaluation.path.parent.name}, {count})"
         named.append(Imported(**{**vars(row), "name": name}))
     return named
 
 
+def _as_folder(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
+
+
 def keep(rows: Iterable[Imported], out: Path) -> None:
     """Writes each row to OUT/imported/NAME: recomputed predictions, and what the file said of itself."""
     for row in rows:
-        folder = out / FOLDER / "".join(c if c.isalnum() or c in "-_" else "_" for c in row.name)
+        folder = out / FOLDER / _as_folder(row.name)
         folder.mkdir(parents=True, exist_ok=True)
         write_predictions(folder / PREDICTIONS, row.predictions)
         said = {"name": row.name, "file": str(row.evaluation.path), "reported_percent": row.reported_percent}
@@ -137,5 +151,6 @@ def imported_results(out: Path) -> list[Result]:
         predictions = read_predictions(path.with_name(PREDICTIONS))
         speakers = tuple(sorted({p.speaker for p in predictions}))
         reported = said["reported_percent"]
-        results.append(Result(said["name"], "imported", speakers, {"open": predictions}, (path.parent,), reported))
+        name = f"{said['name']} (imported)"  # the study may have an attempt of that name
+        results.append(Result(name, "imported", speakers, {"open": predictions}, (path.parent,), reported))
     return results

@@ -171,10 +171,13 @@ class Planner:
                 if self.study.baselines and seed == self.study.seeds[0]:
                     baselines += self._baselines(held_out)
         self._check_hypotheses()
-        alone = sum(len(self._closure(cell.key)) for cell in cells) + len(baselines)
+        closures = [self._closure(cell.key) for cell in cells]
+        wanted = set().union(*closures, *(self._closure(baseline.key) for baseline in baselines))
+        steps = tuple(step for key, step in self.steps.items() if key in wanted)  # not teachers that nobody listens to
         order = {name: place for place, name in enumerate(self.study.attempts)}
         cells.sort(key=lambda cell: (self.folds.index(cell.held_out), order[cell.attempt]))
-        return Work(tuple(self.steps.values()), tuple(cells), tuple(baselines), self.folds, alone)
+        alone = sum(map(len, closures)) + len(baselines)
+        return Work(steps, tuple(cells), tuple(baselines), self.folds, alone)
 
     def add(
         self, key: str, kind: Kind, title: str, folder: Path, needs: Sequence[str], work: Callable[[], object]

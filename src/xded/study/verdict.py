@@ -94,13 +94,14 @@ def answer_all(
         results: of all folds; suspicions: findings that make the evaluation void; words: the listed words.
     """
     normaliser = study.base().tokenizer.normaliser
+    own = [result for result in results if result.source == "attempt"]  # an imported row may have the same name
     answers = []
     for name, hypothesis in study.hypotheses.items():
         if suspicions:
             because = f"The evaluation is suspect: {suspicions[0].what}"
             answers.append(Answer(name, SUSPECT, None, 0, 0, None, None, because))
         else:
-            answers.append(_answer(name, hypothesis, study, results, normaliser, words))
+            answers.append(_answer(name, hypothesis, study, own, normaliser, words))
     return answers
 
 
