@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import Future
+from ipaddress import ip_address
 from typing import Any
 
 from xded.errors import EXIT_FAILURE
@@ -43,7 +44,9 @@ class RayWorkers:
         self, address: str | None = None, slots: int | None = None, *, gpus: float = 0.0, memory_gb: float = 2.0
     ) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a future default of Ray, else a warning
+        if address is None:
+            # read when Ray is imported: it then keeps to loopback, as on Windows; otherwise it listens on all interfaces
+            os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         try:
             import ray
         except ImportError as error:
@@ -57,6 +60,7 @@ class RayWorkers:
         )  # fmt: skip
         self._connect()
         try:
+            self._require_loopback()
             self._require_room()
         except ClusterError:
             self.close()
@@ -81,6 +85,15 @@ class RayWorkers:
                 f"No Ray cluster answers at {self.address or 'this machine'}: {str(error).splitlines()[0]}.",
                 "Start one ('ray start --head'), or leave out --engine ray: what is finished is kept.",
             ) from error
+
+    def _require_loopback(self) -> None:
+        """Without a cluster's address, nothing may be open to other machines."""
+        where = self._ray.util.get_node_ip_address()
+        if self.address is None and not ip_address(where).is_loopback:
+            raise ClusterError(
+                f"Ray listens at {where}, where other machines may reach it.",
+                "It was imported before xded asked for it: use a new process.",
+            )
 
     def _require_room(self) -> None:
         """A piece that fits on no machine would wait for ever."""
