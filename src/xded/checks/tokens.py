@@ -250,10 +250,12 @@ def special_ids(evaluation: Evaluation, name: str, tokenizer: Tokenizer) -> list
 def visible_cap(evaluation: Evaluation, tokenizer: Tokenizer) -> int | None:
     """The limit of the decoding (tokens) that an evaluation shows: many outputs just that long, and none longer.
 
-    CTC has none, where the evaluation says that it was used: its outputs are short because little was learned.
+    CTC has none: its outputs are short because little was learned. Predictions of ours without their scores do not say
+    how they were decoded.
     """
     lengths = [len(item.tokens) for item in evaluation.items if item.tokens]
-    if not lengths or evaluation.conditions.get("decode", "").startswith("ctc"):
+    unsaid = "ctc" if evaluation.source == "predictions" else ""
+    if not lengths or evaluation.conditions.get("decode", unsaid).startswith("ctc"):
         return None
     longest = max(lengths)
     needed = max(len(tokenizer.encode(text)) for text in evaluation.references)

@@ -45,7 +45,7 @@ class RayWorkers:
     ) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine
         if address is None:
-            # read when Ray is imported: it then keeps to loopback, as on Windows; otherwise it listens on all interfaces
+            # read when Ray is imported: it then keeps to loopback, as on Windows; else it listens on all interfaces
             os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         try:
             import ray
