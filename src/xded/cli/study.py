@@ -54,7 +54,7 @@ def run(
     jobs: JobsOption = 0,
     engine: Annotated[str, typer.Option(help="local: processes of this machine; ray: a Ray cluster.")] = "local",
     address: Annotated[
-        str | None, typer.Option(help="With ray: of the cluster (auto, ray://host:10001); none: this machine.")
+        str | None, typer.Option(help="With ray: of this machine's cluster (auto, host:6379); none: this machine.")
     ] = None,
     gpus: Annotated[
         float, typer.Option(min=0, help="With ray: GPUs of each piece with a model (0.5: two share one).")

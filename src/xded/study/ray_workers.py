@@ -5,6 +5,7 @@ Nothing is opened to other machines unless an address of a cluster is given: wit
 
 from __future__ import annotations
 
+import asyncio
 import os
 from concurrent.futures import Future
 from ipaddress import ip_address
@@ -17,6 +18,7 @@ from xded.study.steps import Kind, Step
 from xded.training.loop import InterruptedRunError
 
 LOOPBACK = "127.0.0.1"
+KNOCK_S = 10.0
 GPU_KINDS: tuple[Kind, ...] = ("parent", "teacher", "attempt", "posteriors", "test")  # the others only read and write
 
 
@@ -30,7 +32,7 @@ class RayWorkers:
     """Workers of a Ray cluster.
 
     Args:
-        address: of the cluster's head ("auto", "ray://host:10001", "host:6379"); none: this machine alone.
+        address: of the cluster that this machine belongs to ("auto", "host:6379"); none: this machine alone.
         slots: pieces at once; none: as many as the cluster has CPUs.
         gpus, memory_gb: that a piece with a model is given.
 
@@ -47,6 +49,8 @@ class RayWorkers:
         if address is None:
             # read when Ray is imported: it then keeps to loopback, as on Windows; else it listens on all interfaces
             os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        else:
+            os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")  # of a minute; Ray would try 20 times
         try:
             import ray
         except ImportError as error:
@@ -71,6 +75,8 @@ class RayWorkers:
     def _connect(self) -> None:
         runtime = {"env_vars": {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}}
         try:
+            if self.address is not None:
+                asyncio.run(_knock(self.address))
             if self.address is None:
                 self._ray.init(
                     num_cpus=self.wanted, include_dashboard=False, log_to_driver=False, logging_level="error",
@@ -81,8 +87,9 @@ class RayWorkers:
                     address=self.address, log_to_driver=False, logging_level="error", runtime_env=runtime
                 )  # fmt: skip
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            why = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
             raise ClusterError(
-                f"No Ray cluster answers at {self.address or 'this machine'}: {str(error).splitlines()[0]}.",
+                f"No Ray cluster answers at {self.address or 'this machine'}: {why}.",
                 "Start one ('ray start --head'), or leave out --engine ray: what is finished is kept.",
             ) from error
 
@@ -131,6 +138,15 @@ class RayWorkers:
     def close(self) -> None:
         """Leaves the cluster, which ends what is under way there."""
         self._ray.shutdown()
+
+
+async def _knock(address: str) -> None:
+    """Raises OSError when nothing listens at host:port; Ray would try for ten minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        async with asyncio.timeout(KNOCK_S):
+            _, writer = await asyncio.open_connection(host.rpartition("/")[2].strip("[]"), int(port))
+        writer.close()
 
 
 def _pass_on(done: Future[float], outer: Future[float]) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from xded import decoding
 from xded.audio import read_audio
+from xded.checks.outputs import loops
 from xded.config import Config, DecodeConfig
 from xded.corpus.manifest import Corpus, Recording
 from xded.models.recogniser import Recogniser
@@ -106,11 +107,6 @@ def summarise(predictions: Sequence[Prediction], tokenizer: Tokenizer) -> dict[s
         "needed": fmean(len(tokenizer.encode(text)) for text in references),
         "repeats": fmean(loops(p.tokens) for p in predictions),
     }
-
-
-def loops(tokens: Sequence[int]) -> bool:
-    """Whether an output says one token three times in a row."""
-    return any(a == b == c for a, b, c in zip(tokens, tokens[1:], tokens[2:], strict=False))
 
 
 def hear(
