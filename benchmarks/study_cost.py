@@ -94,17 +94,15 @@ def sharing(corpus: Path, speakers: list[str], singles: int, jobs: int) -> list[
     ]  # fmt: skip
 
 
-def ray(corpus: Path, speakers: list[str]) -> list[str]:
+def ray(corpus: Path, speakers: list[str], updates: int) -> list[str]:
     """One worker, two workers, and the local engine."""
-    plan = study(corpus, speakers[:2], updates=120, seeds=2)
-    lines = ["\n2 folds, 4 attempts of 120 updates, 2 seeds; Ray on one machine.\n",
+    plan = study(corpus, speakers[:2], updates=updates, seeds=2)
+    lines = [f"\n2 folds, 4 attempts of {updates} updates, 2 seeds; Ray on one machine.\n",
              "| workers | wall-clock s | times as fast | table |", "| --- | ---: | ---: | --- |"]  # fmt: skip
     first: tuple[float, list[tuple[str, ...]]] | None = None
     for name, slots in (("Ray, 1", 1), ("Ray, 2", 2), ("local, 2", 0)):
         workers = RayWorkers(None, slots) if slots else LocalWorkers(2)
         outcome, seconds = timed(plan, fresh(name.replace(", ", "_")), workers)
-        if isinstance(workers, RayWorkers):
-            workers.close()
         first = first or (seconds, rows_of(outcome))
         same = "identical" if rows_of(outcome) == first[1] else "DIFFERENT"
         lines.append(f"| {name} | {seconds:.0f} | {first[0] / seconds:.2f} | {same} |")
@@ -115,6 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--singles", type=int, default=2, help="studies of one fold that are really run")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--updates", type=int, default=120, help="of each attempt in the comparison of workers")
     parser.add_argument("--only", choices=("sharing", "ray"))
     given = parser.parse_args()
     folder = WORK / "study_cost" / "corpus"
@@ -125,7 +124,7 @@ def main() -> None:
     if given.only != "ray":
         lines += sharing(folder, speakers, given.singles, given.jobs)
     if given.only != "sharing":
-        lines += ray(folder, speakers)
+        lines += ray(folder, speakers, given.updates)
     print("\n".join(lines))
 
 

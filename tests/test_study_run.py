@@ -249,6 +249,31 @@ def test_a_study_that_is_killed_goes_on_from_the_checkpoint_to_the_same_end(corp
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_ctrl_c_saves_what_trains_says_how_to_go_on_and_frees_the_folder(
+    corpus: Corpus, tmp_path: Path, jobs: int
+) -> None:
+    endless = {**TRAIN, "stages": [{"epochs": 9999, "peak_lr": 1e-3}], "save_every_steps": 10**6}
+    attempts = {name: {"set": {"train.save_every_steps": 10**6 + n}} for n, name in enumerate("ab"[:jobs])}
+    study = tiny_study(corpus, attempts, held_out=["t1"], config={**CONFIG, "train": endless})
+    path, out = written(study, tmp_path / "s.yaml"), tmp_path / "out"
+    command = [Path(sys.executable).parent / "xded", "study", "run", path, "--out", out, "--jobs", str(jobs)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
+    while len(list(out.glob("pieces/runs/*/latest.pt.sha256"))) < jobs:  # of the first epoch
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.decode() == (
+        f"xded: Study tiny was stopped; what is finished is kept. Go on: xded study run {out}/study.yaml --out {out}\n"
+    )
+    assert not (out / "lock.json").exists()
+    states = [json.loads(status.read_text())["state"] for status in out.glob("pieces/runs/*/status.json")]
+    assert states == ["stopped"] * jobs
+
+
+@pytest.mark.slow
 def test_several_processes_give_the_same_table(corpus: Corpus, tmp_path: Path) -> None:
     study = tiny_study(corpus, FOUR, held_out=["t1", "t2"], baselines=True)
     path = written(study, tmp_path / "s.yaml")

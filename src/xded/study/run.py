@@ -23,6 +23,7 @@ from xded.study.imported import imported_results
 from xded.study.outcome import Result, collect
 from xded.study.plan import Study, StudyError, load
 from xded.study.steps import Planner, Step, Work
+from xded.training.loop import InterruptedRunError
 from xded.training.status import clock, now, write_atomically
 
 STATE_EVERY_S = 2.0
@@ -79,8 +80,18 @@ def run_study(
 
     Raises:
         XdedError: the plan cannot be carried out (said before any training), or another process is at it.
+        InterruptedRunError: it was asked to stop; training that was under way has been saved.
     """
-    workers = workers or LocalWorkers(jobs)
+    try:
+        return _run(study, out, workers or LocalWorkers(jobs), say)
+    except (KeyboardInterrupt, InterruptedRunError) as error:
+        raise InterruptedRunError(
+            f"Study {study.name} was stopped; what is finished is kept.",
+            f"Go on: xded study run {out / STUDY} --out {out}",
+        ) from error
+
+
+def _run(study: Study, out: Path, workers: Workers, say: Callable[[str], object]) -> Outcome:
     with locked(out), closing(workers):  # what is still at work ends before another process may begin
         require_format(out)
         corpus = corpus_of(study, out)

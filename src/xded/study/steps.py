@@ -156,6 +156,7 @@ class Planner:
         self._everyone = self.heard(corpus.recordings)
         self._parts: dict[str, tuple[Split, list[str]]] = {}
         self._sets: dict[str, TeacherSet] = {}
+        self._questions: dict[str | frozenset[str], tuple[tuple[Recording, ...], str]] = {}
         self._tokenizers: dict[str, Tokenizer] = {}
 
     def plan(self) -> Work:
@@ -281,7 +282,12 @@ class Planner:
         return chosen
 
     def _targets(
-        self, config: Config, train: Sequence[Recording], teachers: TeacherSet, chosen: Sequence[str]
+        self,
+        config: Config,
+        train: Sequence[Recording],
+        train_hash: str,
+        teachers: TeacherSet,
+        chosen: Sequence[str],
     ) -> tuple[str, Path]:
         """Posteriors of every chosen teacher, then the aggregate.
 
@@ -289,13 +295,12 @@ class Planner:
         attempts that include them, those that do not, and with shared teachers all folds.
         """
         made = settings(config, "target.top_k", "target.heard", "objective.temperature")
-        roles = {r.role for r in train}
+        roles = frozenset(r.role for r in train)
         needs, folders, heard_by = [], {}, {}
         for speaker in chosen:
-            own = (speaker,) if config.target.heard == "same_prompt" else None
-            asked = tuple(r for r in self.corpus.select(speakers=own) if own or r.role in roles)
+            asked, heard = self._asked(speaker if config.target.heard == "same_prompt" else roles)
             heard_by[speaker] = asked
-            key = key_of("posteriors", teachers.keys[speaker], made, self.heard(asked))
+            key = key_of("posteriors", teachers.keys[speaker], made, heard)
             folders[speaker] = self.folder("posteriors", key)
             best = teachers.folder.teacher(speaker) / "best.pt"
             work = partial(extract, best, speaker, asked, config, folders[speaker])
@@ -303,10 +308,20 @@ class Planner:
                 self.add(key, "posteriors", f"posteriors of teacher {speaker}", folders[speaker],
                          (teachers.keys[speaker],), work)
             )  # fmt: skip
-        key = key_of("targets", needs, settings(config, "target.", "objective.temperature"), self.heard(train))
+        key = key_of("targets", needs, settings(config, "target.", "objective.temperature"), train_hash)
         folder = self.folder("targets", key)
         work = partial(aggregate_all, folders, heard_by, tuple(train), self.corpus.path, config, folder)
         return self.add(key, "targets", f"targets of {len(chosen)} teachers", folder, needs, work), folder
+
+    def _asked(self, whom: str | frozenset[str]) -> tuple[tuple[Recording, ...], str]:
+        """Recordings of a speaker or of some roles, and their hash; made once, as there may be 100,000 of them."""
+        if whom not in self._questions:
+            if isinstance(whom, str):
+                rows = self.corpus.select(speakers=[whom])
+            else:
+                rows = tuple(r for r in self.corpus.recordings if r.role in whom)
+            self._questions[whom] = rows, self.heard(rows)
+        return self._questions[whom]
 
     # --- attempts -----------------------------------------------------------------------------------------
 
@@ -326,7 +341,7 @@ class Planner:
         if hears:
             assert teachers is not None
             chosen = self._chosen(attempt, name, teachers, held_out)
-            key, targets = self._targets(config, parts.train, teachers, chosen)
+            key, targets = self._targets(config, parts.train, hashes[0], teachers, chosen)
             needs.append(key)
         else:
             own = without_targets(own)
