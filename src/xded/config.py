@@ -144,6 +144,11 @@ class ObjectiveConfig(Section):
     blank_threshold: float = Field(0.95, description="frames that every teacher calls blank are dropped above", gt=0)
     label_smoothing: float = Field(0.0, description="label smoothing of the cross-entropy", ge=0, lt=1)
 
+    @property
+    def supervised(self) -> Self:
+        """The same without teachers: what is learned from the true text."""
+        return self.model_copy(update={"ctc_kd": 0.0, "decoder_kd": 0.0})
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.ctc + self.cross_entropy <= 0:
@@ -210,6 +215,18 @@ class TrainConfig(Section):
         if self.devices * self.nodes > self.batch_size:
             raise ValueError(f"a batch of {self.batch_size} cannot be shared by {self.devices * self.nodes} devices")
         return self
+
+    @property
+    def stages_run(self) -> tuple[StageConfig, ...]:
+        """The stages without those that a run from scratch leaves out: freezing a random encoder teaches nothing."""
+        return tuple(stage for stage in self.stages if self.init is not None or not stage.freeze_encoder)
+
+    def frozen_parts(self, stage: StageConfig) -> tuple[str, ...]:
+        """Names of the recogniser's modules that a stage freezes."""
+        if stage.freeze_encoder:
+            return ("encoder",)
+        layers = tuple(f"encoder.layers.{i}" for i in range(self.freeze_layers))
+        return ("encoder.subsampling", *layers) if layers else ()
 
 
 class TeachConfig(Section):

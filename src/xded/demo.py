@@ -99,10 +99,10 @@ def attempt_config(system: str, config: Config, parts: Split, plan: Plan, parent
     """The config of one attempt."""
     objective = config.objective
     if not system.startswith("student"):
-        objective = objective.model_copy(update={"ctc_kd": 0.0, "decoder_kd": 0.0})
+        objective = objective.supervised
     init = (parent / "best.pt").resolve() if system.endswith("from the parent") else None
-    stages = tuple(s for s in config.train.stages if init is not None or not s.freeze_encoder)
-    train = config.train.model_copy(update={"init": init, "stages": stages})
+    train = config.train.model_copy(update={"init": init})
+    train = train.model_copy(update={"stages": train.stages_run})
     scaled = stages_for(plan.updates, len(parts.train), config.model_copy(update={"train": train}))
     return config.model_copy(
         update={

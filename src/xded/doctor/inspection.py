@@ -456,8 +456,6 @@ def _planned(rows: Sequence[Mapping[str, Any]], config: Config | None) -> Planne
     sizes = batches_per_epoch(rows, config.train.accumulate) if config else []
     if config is None or not sizes:
         return None
-    from_scratch = config.train.init is None  # leaves out stages with a frozen encoder
-    stages = [stage for stage in config.train.stages if not (from_scratch and stage.freeze_encoder)]
-    schedule = Schedule.of(config.train, stages, sizes[-1])
+    schedule = Schedule.of(config.train, config.train.stages_run, sizes[-1])
     updates = np.arange(1, schedule.updates + 1)
     return Planned(updates, np.array([schedule.learning_rate(int(update) - 1) for update in updates]))

@@ -201,7 +201,7 @@ def overfit(bench: Bench) -> list[Finding]:
         taught = _with_targets(bench, eight) if covered else None
         if taught is not None and taught.whole:
             return _in_spite(bench, taught)
-        alone = learn(bench, "by_heart", eight, truth_alone(bench.config.objective))
+        alone = learn(bench, "by_heart", eight, bench.config.objective.supervised)
     except TrainingError as error:
         if error.__cause__ is not None:  # the disk, not the loss
             raise
@@ -216,11 +216,6 @@ def _with_targets(bench: Bench, recordings: Sequence[Recording]) -> Learned | No
         return learn(bench, "with_targets", recordings, bench.config.objective)
     except TargetError:  # of another tokenizer or temperature: reported by the checks of targets
         return None
-
-
-def truth_alone(objective: ObjectiveConfig) -> ObjectiveConfig:
-    """The objective without the parts that need targets."""
-    return objective.model_copy(update={"ctc_kd": 0.0, "decoder_kd": 0.0})
 
 
 def _covered(bench: Bench) -> list[Recording]:
@@ -353,7 +348,7 @@ def shuffled_labels(bench: Bench) -> list[Finding]:
     """A model that was taught wrong words only must not recognise other takes above chance: else evaluation leaks."""
     labelled, test = wrongly_labelled(bench.train)
     train = usable(labelled, bench.recogniser, bench.seed)  # those long enough for their new text
-    objective = truth_alone(bench.config.objective)
+    objective = bench.config.objective.supervised
     epochs = max(1, LABEL_UPDATES // -(-len(train) // LABEL_BATCH))
     config = recipe(bench, objective, epochs=epochs, batch_size=LABEL_BATCH)
     config = config.model_copy(update={"targets": None})

@@ -13,7 +13,7 @@ from torch import Tensor
 from xded import config as configs
 from xded.checks import curriculum, learning, rates, training, weights
 from xded.checks.data import Named
-from xded.config import Config, StageConfig
+from xded.config import Config
 from xded.doctor.given import Given
 from xded.doctor.run_folder import RunFolder
 from xded.errors import CheckpointError, ConfigError
@@ -259,7 +259,7 @@ class _Run:
 
     def _rates(self, config: Config) -> None:
         rows, subject = self.run.rows, self.subject
-        stages = self._stages(config)
+        stages = config.train.stages_run
         steps = training.events(rows, "step", "update", "lr", "updates", "epochs")
         sizes = batches_per_epoch(rows, config.train.accumulate)
         if not steps or not stages or not sizes:
@@ -269,10 +269,6 @@ class _Run:
         found = [rates.rates(rows, subject, schedule.learning_rate, stages) for schedule in schedules]
         checks = ("learning-rate", "warm-up", "schedule-restart")
         self._several(checks, min(found, key=len), f"{len(steps)} logged updates")
-
-    def _stages(self, config: Config) -> tuple[StageConfig, ...]:
-        """Stages as they were run: a run from scratch leaves out the frozen ones."""
-        return tuple(s for s in config.train.stages if config.train.init is not None or not s.freeze_encoder)
 
     def _heads(self, config: Config) -> None:
         """Heads that validation, and the evaluation in the folder, decode."""
@@ -317,10 +313,10 @@ class _Run:
         """Prefixes of what no stage trains."""
         if self.config is None:
             return []
-        if all(stage.freeze_encoder for stage in self._stages(self.config)):
-            return ["encoder."]
-        count = self.config.train.freeze_layers
-        return ["encoder.subsampling.", *(f"encoder.layers.{i}." for i in range(count))] if count else []
+        train = self.config.train
+        stages = train.stages_run or train.stages
+        thawed = next((stage for stage in stages if not stage.freeze_encoder), stages[-1])
+        return [f"{name}." for name in train.frozen_parts(thawed)]
 
     def _against_start(self, payload: Payload) -> None:
         """What moved since the start that should not have, and what did not that should have."""

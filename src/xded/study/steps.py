@@ -347,7 +347,7 @@ class Planner:
             own = without_targets(own)
         train = own.train.model_copy(update={"init": init})
         if self.study.updates is not None:
-            stages = tuple(s for s in train.stages if init is not None or not s.freeze_encoder)
+            stages = train.stages_run
             if not stages:
                 raise StudyError(
                     f"Attempt '{name}' starts from scratch, and every stage of it freezes the encoder.",

@@ -145,7 +145,7 @@ def jobs_of(corpus: Corpus, config: Config, out: Path, speakers: Sequence[str] =
     train, validation = parent_recordings(corpus, parts, config.teach.parent_on)
     tokenizer = load_or_train_tokenizer(corpus, parts, config, teachers.tokenizer)
     test_takes = frozenset(r.take for r in parts.test)
-    supervised = config.objective.model_copy(update={"ctc_kd": 0.0, "decoder_kd": 0.0})
+    supervised = config.objective.supervised
     # how targets will be made is no concern of the teachers: they are kept when only that changes
     base = config.model_copy(update={"objective": supervised, "targets": None, "target": TargetConfig()})
     parent = base.model_copy(update={"train": config.teach.parent})

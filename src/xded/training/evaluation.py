@@ -80,9 +80,7 @@ def validate(student: Student, data: TrainingData, config: Config) -> dict[str, 
         return {}
     student.eval()
     device = next(student.parameters()).device
-    truth = config.model_copy(
-        update={"objective": config.objective.model_copy(update={"ctc_kd": 0.0, "decoder_kd": 0.0})}
-    )
+    truth = config.model_copy(update={"objective": config.objective.supervised})
     sums: Counter[str] = Counter()
     for places, batch in batches(data, config.decode.batch_size):
         parts = loss_parts(student, batch.to(device), truth, data.tokenizer)

@@ -196,16 +196,9 @@ class Loop(L.LightningModule):
         self.stage = stage
         self.student.train()
         self.student.encoder.requires_grad_(True)
-        for name in self.frozen_parts(stage):
+        for name in self.run_config.train.frozen_parts(self.schedule.stages[stage]):
             self.student.get_submodule(name).requires_grad_(False).eval()
         self.watch("stage", {"parameters": self.student.parameter_counts()})
-
-    def frozen_parts(self, stage: int) -> list[str]:
-        """Names of the modules that a stage freezes."""
-        if self.schedule.stages[stage].freeze_encoder:
-            return ["encoder"]
-        count = self.run_config.train.freeze_layers
-        return ["encoder.subsampling", *(f"encoder.layers.{i}" for i in range(count))] if count else []
 
     def watch_frozen(self, stage: int) -> None:
         """At the start of a stage (-1: the run is over) says what of the last one's frozen parts has moved."""
@@ -216,8 +209,8 @@ class Loop(L.LightningModule):
             update = self.update_of(self.current)
             self.watch("frozen", {"update": update, "stage": self.watched_stage + 1, "of": of, "moved": moved})
         self.watched_stage = stage
-        names = [f"{name}." for name in self.frozen_parts(stage)] if stage >= 0 else []
-        self.frozen = FrozenParts(self.student, names) if names else None
+        parts = self.run_config.train.frozen_parts(self.schedule.stages[stage]) if stage >= 0 else ()
+        self.frozen = FrozenParts(self.student, [f"{name}." for name in parts]) if parts else None
 
     # --- one batch ---------------------------------------------------------------------------------------
 
@@ -249,9 +242,10 @@ class Loop(L.LightningModule):
             TrainingError: it is not finite; the recordings are named and nothing has been updated.
         """
         share = self._share(self.number(batch_idx))
-        for module in self.student.modules():
-            if isinstance(module, MaskedBatchNorm):
-                module.counted = share > 0
+        if collective.count() > 1:
+            for module in self.student.modules():
+                if isinstance(module, MaskedBatchNorm):
+                    module.counted = share > 0
         parts = loss_parts(self.student, batch, self.run_config, self.tokenizer)
         loss = weighted_sum(parts, self.run_config)
         self.pending += batch.recordings if share else []

@@ -244,8 +244,7 @@ def run(
 ) -> Path:
     """The part of `fit` after all checks."""
     config = job.config
-    # freezing a random encoder teaches nothing: frozen stages need a start
-    stages = [s for s in config.train.stages if config.train.init is not None or not s.freeze_encoder]
+    stages = config.train.stages_run
     if not stages:
         raise ConfigError(
             "Every stage freezes the encoder, but the run starts from scratch.",
