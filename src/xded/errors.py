@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 EXIT_OK = 0
 EXIT_FAILURE = 1  # something went wrong that no argument could have prevented (disk full, NaN loss)
 EXIT_USAGE = 2  # an argument, a config or an input file is wrong
 EXIT_FINDINGS = 3  # the command worked and found problems in what it looked at
 EXIT_INTERRUPTED = 130
+
+NAMES_SHOWN = 5
 
 GO_ON = "Give the same command again; xded train needs --resume for that."
 
@@ -58,3 +62,10 @@ class TrainingError(XdedError):
     """Training had to stop: the loss is not finite, the disk is full."""
 
     exit_code = EXIT_FAILURE
+
+
+def few(names: Iterable[str], shown: int = NAMES_SHOWN) -> str:
+    """The first few names, and the count of the rest."""
+    listed = list(names)
+    more = len(listed) - shown
+    return ", ".join(listed[:shown]) + (f" and {more} more" if more > 0 else "")

@@ -18,10 +18,10 @@ import jiwer
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from xded.corpus.manifest import BANDS
 from xded.errors import ScoringError
 from xded.tokenizer import normalise
 
-BANDS: Final = ("very_low", "low", "mid", "high")
 NO_VALUE = "none"  # name of the group of predictions that have no band or word type
 MOST_CONFUSIONS = 20
 # What every score must say about itself; `decode` is free text such as "ctc greedy" or "decoder beam 8".

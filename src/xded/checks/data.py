@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import combinations
 from typing import Protocol
 
 from pydantic import BaseModel, NonNegativeInt
 
+from xded import errors
 from xded.corpus.folds import Fold, Provenance, guard
 from xded.corpus.uaspeech import NAME
 from xded.errors import LeakageError
@@ -19,6 +21,7 @@ from xded.findings import Finding, Severity
 
 SIDES = ("train", "validation", "test")
 NAMES_SHOWN = 6
+few = partial(errors.few, shown=NAMES_SHOWN)
 # 1 % of other recordings' audio is more than a handful of misnamed files: the lookup of files is wrong
 WRONG_SHARE = 0.01
 # validation that has heard half of its takes in training measures memory, not recognition
@@ -76,13 +79,6 @@ class DataCard(BaseModel):
     train: Side
     validation: Side = Side()
     takes: dict[str, list[str]] = {}
-
-
-def few(names: Iterable[str]) -> str:
-    """The first few names and the count of the rest."""
-    listed = list(names)
-    more = len(listed) - NAMES_SHOWN
-    return ", ".join(listed[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def severity_of(wrong: Sequence[Named], everything: Sequence[Named], limit: float = SLIP_SHARE) -> Severity:

@@ -13,12 +13,11 @@ from dataclasses import replace
 import numpy as np
 
 from xded.corpus.manifest import Recording
-from xded.errors import TokenizerError
+from xded.errors import NAMES_SHOWN, TokenizerError, few
 from xded.findings import Finding
 from xded.targets.store import Entry, Index, Kind
 from xded.tokenizer import NORMALISERS, Tokenizer
 
-NAMES_SHOWN = 5
 ALONE = 1.1  # effective number of teachers a recording: below, the others together have about 5 % of the weight
 ALWAYS_THE_SAME = 1.5  # effective number over all recordings: above, the one teacher differs between recordings
 FRAMES_OFF = 2.5  # rounding at both ends, the front end's padding and the subsampling come to less
@@ -30,12 +29,6 @@ FLAWLESS = 0.98  # share of right outputs above which free running has the true 
 RECOGNISED = 0.9  # share of right CTC outputs above which the decoder may well be that good
 
 REMAKE = "Make them anew: xded targets --corpus CORPUS --teachers TEACHERS --held-out SPEAKER --out TARGETS."
-
-
-def few(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    more = len(names) - NAMES_SHOWN
-    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def effective_teachers(index: Index, subject: str) -> list[Finding]:

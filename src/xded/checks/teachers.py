@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import binom
 
-from xded.checks.targets import REMAKE, few
+from xded.checks.targets import REMAKE
+from xded.errors import NAMES_SHOWN, few
 from xded.findings import Finding
 from xded.targets.store import Kind, Posterior
 from xded.tokenizer import Tokenizer
@@ -39,7 +40,6 @@ FORCED_WRONG = 5  # wrong predictions that free running and the true text's pref
 LEAST_OWN = 5  # outputs on the own speaker that say anything about a teacher
 WEAK = 0.5  # of the share of right outputs on the own speaker
 EMPTY = 0.05  # share of empty averages: measured 0, in both groups
-NAMES_SHOWN = 5
 
 ONE_PARENT = (
     "Adapt all teachers from one parent (xded teach does), or train with decoder-KD only: xded train --ctc-kd 0 "

@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 from xded.config import DecodeConfig, ObjectiveConfig
+from xded.errors import few
 from xded.findings import Finding, Severity
 
 Row = Mapping[str, Any]
@@ -20,7 +21,6 @@ BATCHNORM = ("running_mean", "running_var", "num_batches_tracked")
 LOSSES = ("loss", "ctc", "ctc_kd", "cross_entropy", "decoder_kd")
 HEADS = {"ctc": "CTC head", "decoder": "attention decoder"}
 LOWER_RATE = "Lower the learning rate (--peak-lr), start from a parent (--init), look for recordings that are wrong."
-NAMED = 5  # names in a sentence; the evidence holds them all
 
 SILENT_SHARE = 0.05  # of the trainable parameters; below, a few biases and not a part of the model
 SKIPPED_SHARE = 0.05  # of the updates
@@ -57,11 +57,6 @@ def strings(value: Any) -> list[str]:
     return [item for item in value if isinstance(item, str)] if isinstance(value, (list, tuple)) else []
 
 
-def named(names: Sequence[str]) -> str:
-    """A few names for a sentence."""
-    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
-
-
 # --- gradients and updates --------------------------------------------------------------------------------------
 
 
@@ -77,7 +72,7 @@ def no_gradient(subject: str, silent: Sequence[str], silent_size: int, trainable
             "refuse" if share >= SILENT_SHARE else "warn",
             subject,
             f"{max(0, trainable - silent_size):,} of {total:,} parameters receive a gradient; {silent_size:,} that "
-            f"should ({100 * share:.1f} % of the trainable ones) never did: {named(parts)}.",
+            f"should ({100 * share:.1f} % of the trainable ones) never did: {few(parts)}.",
             "These parts stay as they began, however long the run.",
             "Look for torch.no_grad, detach() or a part that the loss does not use; train again.",
             {"silent": list(silent), "silent_parameters": silent_size, "trainable": trainable, "total": total},
@@ -196,7 +191,7 @@ def _vanished(subject: str, vanished: Mapping[str, float], usual: float, parts: 
         "gradients",
         "warn",
         subject,
-        f"The gradient of {named(list(vanished))} vanishes: that of {worst} is {vanished[worst]:.2g}, other parts have "
+        f"The gradient of {few(list(vanished))} vanishes: that of {worst} is {vanished[worst]:.2g}, other parts have "
         f"up to {usual:.2g}.",
         "These parts hardly learn.",
         "Look for a saturated or detached layer above them; train again.",
@@ -225,7 +220,7 @@ def non_finite(rows: Sequence[Row], subject: str, *, mixed: bool = False, messag
     stopped = any(word in message for word in ("loss is nan", "loss is inf", "norm is nan", "norm is inf"))
     if not seen and not stopped:
         return []
-    where = f"{named(list(seen))} in {len(updates)} rows, first at update {updates[0]:.0f}" if seen else message
+    where = f"{few(list(seen))} in {len(updates)} rows, first at update {updates[0]:.0f}" if seen else message
     return [
         Finding(
             "non-finite",
@@ -262,7 +257,7 @@ def moved(subject: str, names: Sequence[str], of: int, where: str) -> list[Findi
                 "frozen-moved",
                 "refuse",
                 subject,
-                f"{len(changed)} of {of} frozen tensors changed during {where}: {named(changed)}.",
+                f"{len(changed)} of {of} frozen tensors changed during {where}: {few(changed)}.",
                 "The parts that should keep what the parent knew were trained with the rest.",
                 "Clear requires_grad of the frozen part (or leave it out of the optimiser); train again.",
                 {"moved": changed, "of": of},
@@ -274,7 +269,7 @@ def moved(subject: str, names: Sequence[str], of: int, where: str) -> list[Findi
                 "batchnorm-drift",
                 "warn",
                 subject,
-                f"{len(drifted)} BatchNorm statistics of frozen parts drifted during {where}: {named(drifted)}.",
+                f"{len(drifted)} BatchNorm statistics of frozen parts drifted during {where}: {few(drifted)}.",
                 "The frozen part no longer computes what it computed in the parent, although its weights are the same.",
                 "Put frozen parts into eval mode after every model.train(); train again.",
                 {"moved": drifted, "of": of},

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xded.checks.training import named
+from xded.errors import few
 from xded.findings import Finding
 from xded.models.student import Student
 from xded.tokenizer import Tokenizer
@@ -46,7 +46,7 @@ def fits(weights: Weights, student: Student, subject: str) -> list[Finding]:
     lost = Counter(name.split(".")[0] for name in (*missing, *misshapen))
     shares = "; ".join(f"{totals[g] - count} of {totals[g]} {g} tensors fit" for g, count in lost.most_common())
     lists = {"missing": missing, "of another shape": misshapen, "unexpected": unexpected}
-    counts = ", ".join(f"{len(names)} {kind} ({named(names)})" for kind, names in lists.items() if names)
+    counts = ", ".join(f"{len(names)} {kind} ({few(names)})" for kind, names in lists.items() if names)
     return [
         Finding(
             "partial-load",
@@ -73,8 +73,8 @@ def finite(weights: Weights, subject: str) -> list[Finding]:
     ]
     findings = []
     if bad or flat:
-        what = f"{len(bad)} of {len(weights)} tensors are not finite: {named(bad)}." if bad else ""
-        what += f"{' ' if bad else ''}Zero throughout, although they divide: {named(flat)}." if flat else ""
+        what = f"{len(bad)} of {len(weights)} tensors are not finite: {few(bad)}." if bad else ""
+        what += f"{' ' if bad else ''}Zero throughout, although they divide: {few(flat)}." if flat else ""
         findings.append(
             Finding(
                 "non-finite",
@@ -101,7 +101,7 @@ def unmeasured(weights: Weights, subject: str, frozen: Sequence[str] = ()) -> li
             "refuse",
             subject,
             f"{len(fresh)} of {len(counts)} BatchNorm layers hold the statistics of a fresh model (mean 0, variance 1, "
-            f"no batch seen): {named(fresh)}.",
+            f"no batch seen): {few(fresh)}.",
             "In eval mode these layers normalise with numbers that describe nothing.",
             "Load BatchNorm statistics with the weights (they are buffers, not parameters), or train again.",
             {"fresh": fresh, "of": len(counts)},

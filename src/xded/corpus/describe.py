@@ -12,6 +12,7 @@ from rich.table import Table
 
 from xded.corpus.folds import Key, key_of
 from xded.corpus.manifest import BANDS, Corpus, Recording
+from xded.errors import few
 
 MIN_RUN = 5  # recordings missing one after another in the file list that are named as a run
 NAMES_SHOWN = 8
@@ -149,10 +150,7 @@ def _missing_lines(row: dict[str, Any]) -> list[str]:
     parts = [f"microphones {' '.join(missing['mics'])}"] if missing["mics"] else []
     for kind, names in (("prompts", missing["prompts"]), ("recordings", list(missing["single"]))):
         if names:
-            more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-            parts.append(
-                f"{len(names)} {kind if len(names) > 1 else kind[:-1]} ({', '.join(names[:NAMES_SHOWN])}{more})"
-            )
+            parts.append(f"{len(names)} {kind if len(names) > 1 else kind[:-1]} ({few(names, NAMES_SHOWN)})")
     lines = [f"{row['speaker']} lacks {missing['recordings']:,} of {missing['of']:,} recordings: {'; '.join(parts)}."]
     for run in missing["runs"]:
         lines.append(

@@ -12,10 +12,9 @@ import numpy as np
 
 from xded.config import FoldConfig
 from xded.corpus.manifest import Corpus, Recording
-from xded.errors import ConfigError, CorpusError, LeakageError
+from xded.errors import ConfigError, CorpusError, LeakageError, few
 
 Key = tuple[str, str, str]  # block, prompt, mic; "" where the corpus has none
-NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,7 @@ def guard(fold: Fold, provenances: Iterable[Provenance], test_takes: Collection[
         if held_out and not fold.include_held_out:
             problems.append(f"{provenance.what} has heard held-out {_speakers(held_out)}{_takes(provenance, tested)}")
         elif tested:
-            problems.append(f"{provenance.what} has heard {len(tested)} test takes ({_few(tested)})")
+            problems.append(f"{provenance.what} has heard {len(tested)} test takes ({few(tested)})")
         elif held_out and not provenance.takes:
             problems.append(f"{provenance.what} has heard held-out {_speakers(held_out)} and does not say which takes")
         if excluded:
@@ -182,13 +181,8 @@ def _speakers(names: Sequence[str]) -> str:
 def _takes(provenance: Provenance, tested: Sequence[str]) -> str:
     """The takes that reached the artefact, as far as they are known."""
     if tested:
-        return f" ({len(tested)} test takes: {_few(tested)})"
+        return f" ({len(tested)} test takes: {few(tested)})"
     return f" (it lists {len(provenance.takes)} takes)" if provenance.takes else ""
-
-
-def _few(names: Sequence[str]) -> str:
-    more = len(names) - NAMES_SHOWN
-    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def key_of(recording: Recording) -> Key:

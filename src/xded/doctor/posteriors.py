@@ -18,7 +18,7 @@ from xded.checks.posteriors import Said
 from xded.config import Config
 from xded.corpus.folds import make_fold
 from xded.corpus.manifest import Corpus, Recording
-from xded.errors import XdedError
+from xded.errors import XdedError, few
 from xded.findings import Examination, Finding
 from xded.models.checkpoints import load, sha256_of
 from xded.scoring import Prediction, is_right, read_predictions
@@ -222,7 +222,7 @@ class _Examiner:
             absent = sorted(set(store.index.teachers) - set(self.one.posteriors.get(kind, {})))
             if absent and self.one.posteriors:
                 self.examination.cannot(
-                    f"the {kind} posteriors of {indexes.few(absent)} in {self.subject}", "they are not there."
+                    f"the {kind} posteriors of {few(absent)} in {self.subject}", "they are not there."
                 )
         for kind, stores in self.one.posteriors.items():
             hashes = {name: value for name, s in stores.items() for value in s.index.teacher_hashes.values()}

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from scipy.stats import binom
 
-from xded.checks.training import HEADS, SILENT_SHARE, heads_of, named, trained_heads
+from xded.checks.training import HEADS, SILENT_SHARE, heads_of, trained_heads
 from xded.config import AugmentConfig, Config, FoldConfig, ObjectiveConfig, StageConfig
 from xded.corpus.folds import Fold
 from xded.corpus.manifest import Recording
-from xded.errors import CorpusError, TokenizerError, TrainingError
+from xded.errors import CorpusError, TokenizerError, TrainingError, few
 from xded.findings import CHECKS, Finding, Severity
 from xded.models.checkpoints import load
 from xded.models.recogniser import Recogniser, load_recogniser, pick_device
@@ -291,7 +291,7 @@ def _in_spite(bench: Bench, learned: Learned) -> list[Finding]:
     what = (
         f"{learned.of} recordings were learned by heart, but by a part of the model only: {len(learned.silent)} "
         f"tensors, {100 * learned.silent_share:.0f} % of the parameters, received no gradient "
-        f"({named(learned.silent)})."
+        f"({few(learned.silent)})."
     )
     return [_not_learned(bench, "refuse", what, {"curve": list(learned.curve), "silent": list(learned.silent)})]
 
@@ -308,7 +308,7 @@ def _head_failed(bench: Bench, learned: Learned, head: str) -> Finding:
     if head not in trained_heads(bench.config.objective):
         what += f"; the objective gives the {HEADS[head]} no weight"
     elif learned.silent:
-        what += f"; {len(learned.silent)} tensors received no gradient ({named(learned.silent)})"
+        what += f"; {len(learned.silent)} tensors received no gradient ({few(learned.silent)})"
     evidence = {"curve": list(learned.curve), "head": head, "decoded": decoded, "silent": list(learned.silent)}
     return _not_learned(bench, severity, what + ".", evidence)
 

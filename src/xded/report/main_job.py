@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from xded.config import DecodeConfig
+from xded.corpus.manifest import BANDS
 from xded.report.tables import Table, cell
 from xded.scoring import Comparison, Estimate, Prediction, Scores, compare, score
 from xded.study.plan import BEST_TEACHER, ORACLE, VOTE
@@ -65,7 +66,7 @@ def main_table(scores: Mapping[str, Mapping[str, Scores]], words: int, title: st
 
 def band_table(scores: Mapping[str, Mapping[str, Scores]], decode: str) -> Table | None:
     """WRA by intelligibility band, when the corpus has bands."""
-    bands = [b for b in ("very_low", "low", "mid", "high") if any(b in s[decode].by_band for s in scores.values())]
+    bands = [b for b in BANDS if any(b in s[decode].by_band for s in scores.values())]
     if not bands:
         return None
     rows = []

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from xded.config import Aggregation, Weighting
+from xded.corpus.manifest import BANDS
 from xded.targets.store import Entry, Posterior
 
 LEAST = 1e-10
-BANDS = ("very_low", "low", "mid", "high")
 
 
 def dense(posterior: Posterior, vocabulary: int) -> np.ndarray:
