@@ -88,7 +88,7 @@ def refused(corpus: Corpus, problems: Sequence[Problem]) -> list[Finding]:
 
 def examine(examination: Examination, given: Given) -> None:
     """Runs every check on corpora, lists, and what runs have heard."""
-    runs = [heard.read(examination, run) for run in given.runs]
+    runs = [heard.read(examination, given, run) for run in given.runs]
     tokenizers = _tokenizers(examination, given, runs)
     features = next((run.config.features for run in runs if run.config is not None), FeatureConfig())
     same: dict[str, str] = {}  # take -> what was really spoken, for copies

@@ -19,7 +19,6 @@ from xded.doctor.given import Given
 from xded.doctor.run_folder import RunFolder
 from xded.errors import XdedError
 from xded.findings import Examination
-from xded.models.checkpoints import load
 from xded.models.recogniser import provenance_of
 from xded.scoring import read_predictions
 from xded.teachers.adapt import Teachers
@@ -37,7 +36,7 @@ class Run:
     tokenizer: Tokenizer | None = None
 
 
-def read(examination: Examination, folder: RunFolder) -> Run:
+def read(examination: Examination, given: Given, folder: RunFolder) -> Run:
     """Reads a run's data card and its best (or else any) checkpoint."""
     run = Run(folder.path, folder.config)
     run.card = _card(examination, folder)
@@ -45,7 +44,7 @@ def read(examination: Examination, folder: RunFolder) -> Run:
     if path is None:
         return run
     try:
-        payload = load(path)
+        payload = given.facts(path)
         run.sources = list(provenance_of(payload))
         run.config = run.config or configs.build(payload["config"], f"the config in {path}")
         pieces = payload["tokenizer_model"]

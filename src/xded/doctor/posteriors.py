@@ -20,7 +20,7 @@ from xded.corpus.folds import make_fold
 from xded.corpus.manifest import Corpus, Recording
 from xded.errors import XdedError, few
 from xded.findings import Examination, Finding
-from xded.models.checkpoints import load, sha256_of
+from xded.models.checkpoints import sha256_of
 from xded.scoring import Prediction, is_right, read_predictions
 from xded.targets.store import Index, Kind, Posterior, Store
 from xded.teachers.adapt import Teachers, parts_of
@@ -146,7 +146,7 @@ class _Examiner:
     ) -> None:
         self.examination, self.given, self.one, self.users, self.corpus = examination, given, one, users, corpus
         self.subject, self.indexes = str(one.root), one.indexes
-        self.payloads = {str(run.path): payload for run in users if (payload := _payload(run))}
+        self.payloads = {str(run.path): payload for run in users if (payload := _payload(given, run))}
         self.recordings: dict[str, Recording] = {r.recording: r for r in corpus.recordings} if corpus else {}
         self.tokenizer = self._find_tokenizer()
         self.texts: dict[str, str] = {}  # normalised
@@ -397,11 +397,11 @@ def _spread(names: Iterable[str], count: int) -> list[str]:
     return rows[:: max(1, len(rows) // count)][:count]
 
 
-def _payload(run: RunFolder) -> dict[str, Any] | None:
+def _payload(given: Given, run: RunFolder) -> dict[str, Any] | None:
     """A checkpoint of a run; none when none can be read (the checks of runs say so)."""
     for path in run.checkpoints.values():
         try:
-            return load(path)
+            return given.facts(path)
         except XdedError:
             pass
     return None

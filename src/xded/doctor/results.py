@@ -13,7 +13,6 @@ from xded.doctor.given import Given
 from xded.errors import XdedError
 from xded.evaluations import Evaluation, take_of, with_takes
 from xded.findings import Examination, Finding, Severity
-from xded.models.checkpoints import load
 from xded.tokenizer import Tokenizer
 
 LEARNED = 0.2  # best WRA on validation, of 1: below it, a run's poor outputs are what its own records say of it
@@ -93,7 +92,7 @@ def _of_run(examination: Examination, evaluation: Evaluation, given: Given) -> d
     if not path.is_file() or not any(run.path == evaluation.path.parent for run in given.runs):
         return {}
     try:
-        payload = load(path)
+        payload = given.facts(path)
         normaliser = payload["config"]["tokenizer"]["normaliser"]
         return {str(path): Tokenizer(payload["tokenizer_model"].numpy().tobytes(), normaliser, str(path))}
     except (XdedError, KeyError, TypeError, AttributeError) as error:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from xded.config import ObjectiveConfig
 from xded.corpus.manifest import Recording
+from xded.models import collective
 from xded.models.student import Student
 from xded.training.data import TrainingData
 from xded.training.status import write_atomically
@@ -79,33 +80,56 @@ def loaded(student: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Any]:
     return {"tensors": len(own) - len(differing), "of": len(own), "differing": differing}
 
 
-def data_card(
-    sides: Mapping[str, TrainingData],
-    meant: Mapping[str, Sequence[Recording]],
-    corpus: Iterable[Recording],
-    test_takes: Iterable[str],
-) -> dict[str, Any]:
-    """Whose audio was really opened, beside who was meant.
+class DataCard:
+    """RUN/data.json: whose audio was really opened, beside who was meant. Written until both sides were served whole.
 
     Args:
-        sides: `train` and `validation` as they were served; `meant`: their recordings as the split named them.
-        corpus: recordings that say whose a file is.
+        out: run folder; sides: `train` and `validation` as they are served; meant: their recordings as the split named
+            them; corpus: recordings that say whose a file is; test_takes: of the fold.
     """
-    owner = {row.audio_filepath: row.speaker for rows in (*meant.values(), corpus) for row in rows}
-    card: dict[str, Any] = {"takes": {side: sorted({r.take for r in rows}) for side, rows in meant.items()}}
-    card["takes"]["test"] = sorted(test_takes)
-    for side, data in sides.items():
-        opened = list(data.opened.values())
-        card[side] = {
-            "meant": dict(sorted(Counter(row.speaker for row in meant[side]).items())),
-            "heard": dict(sorted(Counter(owner[path] for path in opened if path in owner).items())),
-            "files": len(set(opened)),
-            "strangers": len({path for path in opened if path not in owner}),
-            "spread": fmean(data.spread.values()) if data.spread else None,
-        }
-    return card
+
+    def __init__(
+        self,
+        out: Path,
+        sides: Mapping[str, TrainingData],
+        meant: Mapping[str, Sequence[Recording]],
+        corpus: Sequence[Recording],
+        test_takes: Iterable[str],
+    ) -> None:
+        self.out, self.sides, self.meant, self.corpus, self.test_takes = out, sides, meant, corpus, test_takes
+        self.due = True
+
+    def end_epoch(self, *, validated: bool) -> None:
+        """Writes the card when every training recording was served since this process was started."""
+        if not self.due:
+            return
+        data = self.sides["train"]
+        _gather(data)
+        if len(data.opened) == len(data):
+            self.due = bool(self.meant["validation"]) and not validated
+            if collective.rank() == 0:
+                write_atomically(self.out / DATA_CARD, json.dumps(self.content(), indent=1))
+
+    def content(self) -> dict[str, Any]:
+        """What the card says."""
+        owner = {row.audio_filepath: row.speaker for rows in (*self.meant.values(), self.corpus) for row in rows}
+        card: dict[str, Any] = {"takes": {side: sorted({r.take for r in rows}) for side, rows in self.meant.items()}}
+        card["takes"]["test"] = sorted(self.test_takes)
+        for side, data in self.sides.items():
+            opened = list(data.opened.values())
+            card[side] = {
+                "meant": dict(sorted(Counter(row.speaker for row in self.meant[side]).items())),
+                "heard": dict(sorted(Counter(owner[path] for path in opened if path in owner).items())),
+                "files": len(set(opened)),
+                "strangers": len({path for path in opened if path not in owner}),
+                "spread": fmean(data.spread.values()) if data.spread else None,
+            }
+        return card
 
 
-def write_data_card(out: Path, card: Mapping[str, Any]) -> None:
-    """RUN/data.json."""
-    write_atomically(out / DATA_CARD, json.dumps(card, indent=1))
+def _gather(data: TrainingData) -> None:
+    """Adds to what this process has opened, and measured of it, what the others have."""
+    own = [{recording: str(path) for recording, path in data.opened.items()}, data.spread]
+    for opened, spread in collective.everyones(own):
+        data.opened |= {recording: Path(path) for recording, path in opened.items()}
+        data.spread |= spread

@@ -30,7 +30,7 @@ from xded.corpus.manifest import read_corpus
 from xded.errors import GO_ON, ConfigError, TrainingError
 from xded.findings import Finding
 from xded.models.checkpoints import FREE_SPACE, AtomicCheckpointIO, disk_is_full, load_latest
-from xded.models.collective import everyones, leave
+from xded.models.collective import leave
 from xded.models.recogniser import describe, provenance_of
 from xded.models.student import Student
 from xded.targets.store import Kind, Store
@@ -40,7 +40,7 @@ from xded.training.job import Job
 from xded.training.launching import launch
 from xded.training.loggers import mirror_of, need_packages
 from xded.training.loop import STOPPED_AT_ONCE, CollapsedRunError, InterruptedRunError, Loop, StopOnSignal
-from xded.training.monitor import data_card, unused_parts, write_data_card
+from xded.training.monitor import DataCard, unused_parts
 from xded.training.preflight import LISTED, Gate, fits_normaliser, preflight
 from xded.training.processes import ALONE, Place, device_of, place_of, strategy_of
 from xded.training.schedule import Schedule
@@ -210,14 +210,6 @@ def open_log(
     return log
 
 
-def everyone_opened(data: TrainingData) -> None:
-    """Adds to what this process has opened, and measured of it, what the others have."""
-    own = [{recording: str(path) for recording, path in data.opened.items()}, data.spread]
-    for opened, spread in everyones(own):
-        data.opened |= {recording: Path(path) for recording, path in opened.items()}
-        data.spread |= spread
-
-
 def encode_once(student: Student, data: TrainingData, batch_size: int) -> list[torch.Tensor]:
     """Outputs of the (frozen) encoder for every recording, without augmentation: [T', D] each."""
     student.eval()
@@ -257,21 +249,22 @@ def run(
         frame_rate_hz=student.frame_rate_hz, reduce=student.encoder.subsampling.reduce,
     )  # fmt: skip
     held_back = TrainingData(job.validation, student.front_end, job.tokenizer)
-    corpus = read_corpus(config.corpus).recordings if config.corpus and config.corpus.exists() else ()
+    corpus = read_corpus(config.corpus).recordings if place.first and config.corpus and config.corpus.exists() else ()
     schedule = Schedule.of(config.train, stages, -(-len(data) // config.train.batch_size))
     facts = facts_of(job, student, stages, provenance)
     log = open_log(job, facts, student, checkpoint, quiet) if place.first else NoLog()
     if warning:
         log.line(warning)
 
+    card = DataCard(
+        job.out, {"train": data, "validation": held_back}, {"train": job.train, "validation": job.validation},
+        corpus, job.test_takes,
+    )  # fmt: skip
+
     def watch(event: str, row: dict[str, Any]) -> None:
         log(event, row)
         if event == "epoch":
-            everyone_opened(data)
-            if place.first and len(data.opened) == len(data):  # every recording was served since the run was started
-                sides = {"train": data, "validation": held_back}
-                meant = {"train": job.train, "validation": job.validation}
-                write_data_card(job.out, data_card(sides, meant, corpus, job.test_takes))
+            card.end_epoch(validated="wra" in row)
 
     loop = Loop(
         student, config, schedule, job.tokenizer, data, job.out,
