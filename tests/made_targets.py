@@ -13,6 +13,7 @@ import soundfile
 import torch
 import torch.nn.functional as F
 
+from xded.checks import teachers as spelling
 from xded.corpus.folds import Provenance
 from xded.corpus.manifest import Corpus, Recording, read_corpus, write_manifest
 from xded.findings import Finding
@@ -25,6 +26,7 @@ WORDS = ("BAD", "CAB", "FACE", "DIG", "GLAD", "HIKE", "JOLT", "KIND", "LAMB", "M
 TEACHERS = ("T1", "T2", "T3")
 KINDS: tuple[Kind, ...] = ("ctc", "decoder")
 RATE_HZ, SAMPLE_RATE, TEMPERATURE, KEPT = 25.0, 16_000, 2.0, 8
+WHERE = "targets of the test"
 TOKENIZER = Tokenizer.train(WORDS, "char", 64, "upper")
 
 Said = dict[str, Posterior]
@@ -193,3 +195,11 @@ def only(findings: list[Finding], check: str, severity: str) -> Finding:
     assert [(f.check, f.severity) for f in findings] == [(check, severity)]
     json.dumps(findings[0].evidence)
     return findings[0]
+
+
+def spelled(made: Made, kind: Kind = "ctc") -> dict[str, dict[str, spelling.Spikes]]:
+    return {t: {n: spelling.spikes_of(p) for n, p in rows.items()} for t, rows in made.said[kind].items()}
+
+
+def averages(made: Made) -> dict[str, spelling.Spikes]:
+    return {name: spelling.spikes_of(p) for name, p in made.averages["ctc"].items()}

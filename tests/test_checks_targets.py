@@ -8,27 +8,30 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from made_targets import KINDS, RATE_HZ, TEACHERS, TOKENIZER, Made, made_up, make, only, permuted
+from made_targets import (
+    KINDS,
+    RATE_HZ,
+    TEACHERS,
+    TOKENIZER,
+    WHERE,
+    Made,
+    averages,
+    made_up,
+    make,
+    only,
+    permuted,
+    spelled,
+)
 from xded.checks import posteriors as numbers
 from xded.checks import targets as indexes
 from xded.checks import teachers as spelling
 from xded.targets.store import Entry, Index, Kind, Posterior
 from xded.tokenizer import Tokenizer
 
-WHERE = "targets of the test"
-
 
 @pytest.fixture
 def made() -> Made:
     return make()
-
-
-def spelled(made: Made, kind: Kind = "ctc") -> dict[str, dict[str, spelling.Spikes]]:
-    return {t: {n: spelling.spikes_of(p) for n, p in rows.items()} for t, rows in made.said[kind].items()}
-
-
-def averages(made: Made) -> dict[str, spelling.Spikes]:
-    return {name: spelling.spikes_of(p) for name, p in made.averages["ctc"].items()}
 
 
 def weighted(made: Made, weights: list[dict[str, float]]) -> Index:

@@ -8,25 +8,28 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from made_targets import KINDS, RATE_HZ, TEACHERS, TOKENIZER, Made, make, only, permuted, shifted
+from made_targets import (
+    KINDS,
+    RATE_HZ,
+    TEACHERS,
+    TOKENIZER,
+    WHERE,
+    Made,
+    averages,
+    make,
+    only,
+    permuted,
+    shifted,
+    spelled,
+)
 from xded.checks import teachers as spelling
 from xded.findings import Finding
 from xded.targets.store import Kind
-
-WHERE = "targets of the test"
 
 
 @pytest.fixture
 def made() -> Made:
     return make()
-
-
-def spelled(made: Made, kind: Kind = "ctc") -> dict[str, dict[str, spelling.Spikes]]:
-    return {t: {n: spelling.spikes_of(p) for n, p in rows.items()} for t, rows in made.said[kind].items()}
-
-
-def averages(made: Made) -> dict[str, spelling.Spikes]:
-    return {name: spelling.spikes_of(p) for name, p in made.averages["ctc"].items()}
 
 
 # --- what they spell ------------------------------------------------------------------------------------------

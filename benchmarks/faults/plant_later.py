@@ -16,14 +16,12 @@ from torch import Tensor
 from faults.plant_data import from_parent_with_split, with_audio
 from faults.plant_targets import Row, names_of, rewrite, rows_of
 from faults.plant_tokens import redecoded, write_evaluation, write_study_file
-from faults.plant_training import around
+from faults.plant_training import around, started_with
 from faults.workbench import Workbench, changed, fault, write_corpus
 from xded.corpus.folds import Split
 from xded.corpus.manifest import Recording
-from xded.errors import CheckpointError
 from xded.models.student import Student
 from xded.targets.store import Posterior
-from xded.training import preflight
 from xded.training.data import TrainingData
 from xded.training.schedule import Schedule
 
@@ -141,15 +139,7 @@ def decoder_not_loaded(bench: Workbench, out: Path) -> list[Path]:
         kept = {key: value for key, value in weights.items() if not key.startswith(("decoder", "embedding"))}
         student.load_state_dict(kept, strict=False)
 
-    def go_on(original: Callable[..., Any], *args: Any) -> Any:
-        try:
-            return original(*args)
-        except CheckpointError:
-            return ()
-
-    with patch("xded.training.preflight.load_weights", loose), around(preflight, "initialise", go_on):
-        run = bench.train(out / "run", *bench.from_parent)
-    return [bench.evaluate(run)]
+    return started_with(loose, bench, out)
 
 
 @fault("first microphone for all", "data", "wrong-audio")

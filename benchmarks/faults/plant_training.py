@@ -92,12 +92,8 @@ def frozen_moves(bench: Workbench, out: Path) -> list[Path]:
     return [bench.evaluate(run)]
 
 
-@fault("weights loaded in part", FAMILY, "partial-load")
-def partial_load(bench: Workbench, out: Path) -> list[Path]:
-    """Keys are 'cleaned' with replace('0.', '') and loaded with strict=False: layers stay random (the study)."""
-
-    def loose(student: Student, weights: dict[str, Tensor], path: Path) -> None:
-        student.load_state_dict({key.replace("0.", ""): value for key, value in weights.items()}, strict=False)
+def started_with(loose: Callable[..., None], bench: Workbench, out: Path) -> list[Path]:
+    """A run from the parent whose weights were loaded so, and that goes on although not all of them were."""
 
     def go_on(original: Callable[..., Any], *args: Any) -> Any:
         try:
@@ -108,6 +104,16 @@ def partial_load(bench: Workbench, out: Path) -> list[Path]:
     with patch("xded.training.preflight.load_weights", loose), around(preflight, "initialise", go_on):
         run = bench.train(out / "run", *bench.from_parent)
     return [bench.evaluate(run)]
+
+
+@fault("weights loaded in part", FAMILY, "partial-load")
+def partial_load(bench: Workbench, out: Path) -> list[Path]:
+    """Keys are 'cleaned' with replace('0.', '') and loaded with strict=False: layers stay random (the study)."""
+
+    def loose(student: Student, weights: dict[str, Tensor], path: Path) -> None:
+        student.load_state_dict({key.replace("0.", ""): value for key, value in weights.items()}, strict=False)
+
+    return started_with(loose, bench, out)
 
 
 @fault("warm-up again after a resume", FAMILY, "schedule-restart")
