@@ -71,7 +71,7 @@ def timed(plan: Study, out: Path, workers: Workers) -> tuple[Outcome, float]:
 
 def rows_of(outcome: Outcome) -> list[tuple[str, ...]]:
     """The main table."""
-    table = tables_of(outcome.study, outcome.results, outcome.corpus.texts, "open").main
+    table = tables_of(outcome.study, outcome.results, outcome.corpus.texts, "open", outcome.work.words_heard).main
     return list(table.rows)
 
 

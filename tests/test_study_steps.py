@@ -50,6 +50,14 @@ def test_what_attempts_folds_and_seeds_have_in_common_is_done_once(corpus: Corpu
     assert max(order[key] for key in first) < min(order[c.key] for c in work.cells if c.seed == 1)
 
 
+def test_whether_the_tested_words_were_heard_is_measured(corpus: Corpus, tmp_path: Path) -> None:
+    assert plan(corpus, tmp_path, held_out=["t1"]).words_heard == "seen"
+    own = [r for r in corpus.recordings if r.speaker != "t1" or r.text == WORDS[0]]  # t1 says nothing else ...
+    others = [r for r in own if r.speaker == "t1" or r.text != WORDS[0]]  # ... and nobody else says that
+    write_manifest(tmp_path / "few" / "manifest.jsonl", others)
+    assert plan(read_corpus(tmp_path / "few"), tmp_path, {"scratch": {}}, held_out=["t1"]).words_heard == "unseen"
+
+
 def test_a_fold_never_listens_to_the_teacher_of_its_held_out_speaker(corpus: Corpus, tmp_path: Path) -> None:
     work = plan(corpus, tmp_path, seeds=[0], baselines=True)
     by_key = {step.key: step for step in work.steps}

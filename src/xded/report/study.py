@@ -142,7 +142,11 @@ def report_of(outcome: Outcome, out: Path, study_argument: str) -> StudyReport:
     answers = answer_all(study, outcome.results, suspicions, words)
     advice = next_step(study, answers)
     attempts = [r for r in outcome.results if r.source == "attempt"]
-    tables = tuple(tables_of(study, outcome.results, words, decode) for decode in DECODES) if attempts else ()
+    tables = (
+        tuple(tables_of(study, outcome.results, words, decode, outcome.work.words_heard) for decode in DECODES)
+        if attempts
+        else ()
+    )
     return StudyReport(
         outcome, out, tuple(suspicions), tuple(answers), _ladder(outcome, bool(suspicions)), advice,
         _command(advice, outcome, out, study_argument), tables,
@@ -165,7 +169,7 @@ def _ladder(outcome: Outcome, suspect: bool) -> str:
     if not predictions:
         return f"Attempt '{ladder.attempt}' has no results: the ladder says nothing."
     normaliser = outcome.study.base().tokenizer.normaliser
-    wra = scores_of(predictions, ladder.decode, normaliser, outcome.corpus.texts, included=True).overall.wra_percent
+    wra = scores_of(predictions, ladder.decode, normaliser, outcome.corpus.texts).overall.wra_percent
     ends = {ladder.says(v) for v in (wra.low, wra.high) if v is not None}
     sure = (
         ""

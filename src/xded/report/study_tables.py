@@ -42,20 +42,19 @@ def systems_of(study: Study, results: Sequence[Result]) -> list[str]:
     return first + attempts + [s for s in there if s not in first and s not in attempts]
 
 
-def tables_of(study: Study, results: Sequence[Result], words: Sequence[str], decode: DecodeName) -> StudyTables:
-    """All tables of a decode mode."""
+def tables_of(
+    study: Study, results: Sequence[Result], words: Sequence[str], decode: DecodeName, words_heard: str
+) -> StudyTables:
+    """All tables of a decode mode; `words_heard` as in `Work`."""
     normaliser = study.base().tokenizer.normaliser
     folds = list(dict.fromkeys(r.held_out for r in results))
-    included = {name for name, attempt in study.attempts.items() if attempt.include_held_out}
     systems = [s for s in systems_of(study, results) if pooled(results, s, decode)]
-    scores = {
-        s: scores_of(pooled(results, s, decode), decode, normaliser, words, included=s in included) for s in systems
-    }
+    scores = {s: scores_of(pooled(results, s, decode), decode, normaliser, words) for s in systems}
     compared = [s for s in systems if s in study.attempts or s in COMPARED_BASELINES]
     comparisons = compare_all(results, compared, decode, normaliser, words)
     return StudyTables(
         decode,
-        _main(study, results, scores, folds, words, decode),
+        _main(study, results, scores, folds, words, decode, words_heard),
         _bands(scores, decode),
         _gaps(study, results, folds, words, decode),
         _paired(comparisons, decode),
@@ -66,7 +65,7 @@ def tables_of(study: Study, results: Sequence[Result], words: Sequence[str], dec
 
 def _main(
     study: Study, results: Sequence[Result], scores: dict[str, Scores], folds: Sequence[tuple[str, ...]],
-    words: Sequence[str], decode: DecodeName,
+    words: Sequence[str], decode: DecodeName, words_heard: str,
 ) -> Table:  # fmt: skip
     normaliser = study.base().tokenizer.normaliser
     columns = (*SUMMARY_COLUMNS, *("+".join(fold) for fold in folds))
@@ -79,12 +78,7 @@ def _main(
             of: list[Prediction] = [
                 p for r in results if r.system == system and r.held_out == fold for p in r.of(decode)
             ]
-            included = attempt is not None and attempt.include_held_out
-            cells.append(
-                cell(scores_of(of, decode, normaliser, words, included=included).overall.wra_percent)
-                if of
-                else NOT_DONE
-            )
+            cells.append(cell(scores_of(of, decode, normaliser, words).overall.wra_percent) if of else NOT_DONE)
         heard = " (heard half of the speaker)" if attempt is not None and attempt.include_held_out else ""
         seeds = f" x {len(total.seeds)}" if len(total.seeds) > 1 else ""
         rows.append(
@@ -94,8 +88,8 @@ def _main(
     caption = (
         "WRA in per cent with 95 % bootstrap intervals: over takes, in 'mean of speakers' over speakers and takes. "
         f"Takes x seeds. {'Any text can come out' if decode == 'open' else f'The best of {len(words)} words'}. "
-        f"Normaliser {normaliser}. Teachers are never those of the held-out speakers; the best one is chosen after the "
-        "fact, for each speaker."
+        f"Speakers unseen, but where a row says otherwise; words {words_heard}. Normaliser {normaliser}. "
+        "Teachers are never those of the held-out speakers; the best one is chosen after the fact, for each speaker."
     )
     return Table(f"Attempts and baselines ({decode})", columns, tuple(rows), caption)
 
@@ -167,7 +161,7 @@ def claims_table(study: Study, results: Sequence[Result], tables: Sequence[Study
     for result in results:
         if result.reported is None:
             continue
-        own = [scores_of(result.of(t.decode), t.decode, normaliser, (), included=False) if result.of(t.decode) else None
+        own = [scores_of(result.of(t.decode), t.decode, normaliser, ()) if result.of(t.decode) else None
                for t in tables]  # fmt: skip
         rows.append(
             (result.system, "+".join(result.held_out), NOT_DONE, f"{result.reported:.2f}",

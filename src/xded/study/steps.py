@@ -28,7 +28,7 @@ from xded.teachers.adapt import Teachers, jobs_of, parts_of
 from xded.teachers.posteriors import KINDS, aggregate, extract
 from xded.tokenizer import Tokenizer
 from xded.training.data import TrainingData
-from xded.training.evaluation import recognise
+from xded.training.evaluation import recognise, share_seen
 from xded.training.job import Job
 from xded.training.loop import CollapsedRunError
 from xded.training.run import PATHS, fit, flat
@@ -95,6 +95,7 @@ class Work:
     baselines: tuple[Baseline, ...]
     folds: tuple[tuple[str, ...], ...]
     single_runs: int  # steps that there would be if every attempt of every fold and seed were run by itself
+    words_heard: str = "unknown"  # whether training has heard the tested words: seen, mixed or unseen
 
 
 def predictions_in(folder: Path, decode: DecodeName) -> Path:
@@ -158,6 +159,8 @@ class Planner:
         self._sets: dict[str, TeacherSet] = {}
         self._questions: dict[str | frozenset[str], tuple[tuple[Recording, ...], str]] = {}
         self._tokenizers: dict[str, Tokenizer] = {}
+        self._tested: set[tuple[str, str]] = set()  # split and word
+        self._trained: set[tuple[str, str]] = set()
 
     def plan(self) -> Work:
         """Everything: first all folds with the first seed, then with the next one.
@@ -178,7 +181,8 @@ class Planner:
         order = {name: place for place, name in enumerate(self.study.attempts)}
         cells.sort(key=lambda cell: (self.folds.index(cell.held_out), order[cell.attempt]))
         alone = sum(map(len, closures)) + len(baselines)
-        return Work(steps, tuple(cells), tuple(baselines), self.folds, alone)
+        words_heard = share_seen(self._tested, self._trained)
+        return Work(steps, tuple(cells), tuple(baselines), self.folds, alone, words_heard)
 
     def add(
         self, key: str, kind: Kind, title: str, folder: Path, needs: Sequence[str], work: Callable[[], object]
@@ -209,6 +213,8 @@ class Planner:
         if key not in self._parts:
             parts = parts_of(self.corpus, make_fold(self.corpus, config.fold), config)
             self._parts[key] = parts, [self.heard(part) for part in (parts.train, parts.validation, parts.test)]
+            self._tested |= {(key, recording.text) for recording in parts.test}
+            self._trained |= {(key, recording.text) for recording in parts.train}
         return self._parts[key]
 
     def _check_hypotheses(self) -> None:

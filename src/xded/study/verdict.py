@@ -66,13 +66,12 @@ def scores_of(
     normaliser: str,
     words: Sequence[str],
     *,
-    included: bool,
     resamples: int = 2000,
 ) -> Scores:
-    """One `Scores` with what a number must say; `resamples` as in `score`."""
+    """The scores of some rows; whom and which words training heard is said by the tables. `resamples` as in `score`."""
     conditions = {
-        "speakers": "seen" if included else "unseen",
-        "words": "seen",
+        "speakers": "unknown",
+        "words": "unknown",
         "word_list": "open" if decode == "open" else "closed",
         "decode": "as the config of each run says",
     }
@@ -118,13 +117,11 @@ def _answer(
         predictions, other = on_common_takes(predictions, other)
         if not predictions:
             return Answer(name, "undecided", None, 0, 0, None, None, "The two attempts share no test take.")
-    scores = scores_of(
-        predictions, decode, normaliser, words, included=study.attempts[hypothesis.attempt].include_held_out
-    )
+    scores = scores_of(predictions, decode, normaliser, words)
     takes, seeds = scores.overall.takes, len(scores.seeds)
     value = judgeable(scores.overall.wra_percent, takes, 0.0)
     if other is not None:
-        difference = compare(scores, scores_of(other, decode, normaliser, words, included=False)).difference_points
+        difference = compare(scores, scores_of(other, decode, normaliser, words)).difference_points
         value = judgeable(difference, takes, -100.0)
     verdict = judged(value, hypothesis)
     more = needed(value, hypothesis, predictions, other, normaliser) if verdict == "undecided" else (None, None)
@@ -259,7 +256,7 @@ def compare_all(
         left, right = on_common_takes(pooled(results, a, decode), pooled(results, b, decode))
         if left and right:
             # `compare` resamples by itself
-            pair = [scores_of(side, decode, normaliser, words, included=False, resamples=0) for side in (left, right)]
+            pair = [scores_of(side, decode, normaliser, words, resamples=0) for side in (left, right)]
             found.append((a, b, compare(*pair)))
     corrected = holm([comparison.p_value for _, _, comparison in found])
     return [Paired(a, b, decode, c, p) for (a, b, c), p in zip(found, corrected, strict=True)]
