@@ -161,7 +161,8 @@ def softened(logits: np.ndarray, tokens: Sequence[int], kind: Kind) -> tuple[Pos
     if kind == "decoder":
         return top_k(soft, KEPT, np.zeros(len(soft), np.float32)), float(log_probs[range(len(steps)), steps].mean())
     blank = log_probs[:, TOKENIZER.blank].exp().numpy().astype(np.float32)
-    loss = F.ctc_loss(log_probs[:, None], steps[None, :-1], torch.tensor([len(soft)]), torch.tensor([len(tokens)]))
+    lengths = torch.tensor([len(soft)]), torch.tensor([len(tokens)])
+    loss = F.ctc_loss(log_probs[:, None], steps[None, :-1], *lengths, blank=TOKENIZER.blank)
     return top_k(soft, KEPT, blank), -float(loss)
 
 
@@ -198,8 +199,10 @@ def only(findings: list[Finding], check: str, severity: str) -> Finding:
 
 
 def spelled(made: Made, kind: Kind = "ctc") -> dict[str, dict[str, spelling.Spikes]]:
-    return {t: {n: spelling.spikes_of(p) for n, p in rows.items()} for t, rows in made.said[kind].items()}
+    return {
+        t: {n: spelling.spikes_of(p, TOKENIZER.blank) for n, p in rows.items()} for t, rows in made.said[kind].items()
+    }
 
 
 def averages(made: Made) -> dict[str, spelling.Spikes]:
-    return {name: spelling.spikes_of(p) for name, p in made.averages["ctc"].items()}
+    return {name: spelling.spikes_of(p, TOKENIZER.blank) for name, p in made.averages["ctc"].items()}

@@ -199,15 +199,24 @@ def test_special_ids_left_in_outputs(tmp_path: Path) -> None:
     assert tokens.special_ids(few, "t", files.tokenizer()) == []
 
 
-def test_a_model_file_with_special_ids_elsewhere() -> None:
+def test_a_model_file_that_leaves_the_blank_open() -> None:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["AB CD"]), model_writer=model, model_type="char", vocab_size=20, minloglevel=3,
         hard_vocab_limit=False, unk_id=3, bos_id=1, eos_id=2, pad_id=0,
     )  # fmt: skip
     (found,) = tokens.model_file(model.getvalue(), "t.model")
-    assert (found.check, found.severity, found.subject) == ("special-ids", "refuse", "t.model")
+    assert (found.check, found.severity, found.subject) == ("special-ids", "warn", "t.model")
+    assert "unk 3, blank 0, bos 1, eos 2" in found.what
     assert tokens.model_file(files.tokenizer().model_bytes, "t.model") == []
+    nemo = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["AB CD"]), model_writer=nemo, model_type="char", vocab_size=20, minloglevel=3,
+        hard_vocab_limit=False, bos_id=-1, eos_id=-1,
+    )  # fmt: skip
+    assert tokens.model_file(nemo.getvalue(), "t.model") == []
+    (refused,) = tokens.model_file(b"PK\x03\x04", "t.ckpt")
+    assert (refused.severity, "zip archive" in refused.what) == ("refuse", True)
 
 
 def test_prompts_that_cannot_be_written() -> None:

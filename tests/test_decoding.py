@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections import defaultdict
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -25,6 +27,25 @@ from xded.models.student import Student
 from xded.tokenizer import Tokenizer
 
 WORDS = ["ABBA", "BAD", "CAB", "DAD", "A", "DECADE"]
+
+
+def letters_first(count: int) -> Tokenizer:
+    """So many letters and behind them blank, <s>, </s>, <unk>, as NeMo has its blank last."""
+    return Tokenizer(json.dumps([chr(65 + i) for i in range(count)]).encode(), "upper")
+
+
+def specials_first(count: int) -> Tokenizer:
+    """<unk> and blank 0, <s> 1, </s> 2, and so many letters."""
+    return Tokenizer.train([chr(65 + i) for i in range(count)], "char", 64, "upper")
+
+
+def shared_end(count: int) -> Tokenizer:
+    """The blank first, one id for <s> and </s>, as WeNet and ESPnet write their lists."""
+    letters = [chr(65 + i) for i in range(count)]
+    return Tokenizer(json.dumps(["<blank>", "<unk>", *letters, "<sos/eos>"]).encode(), "upper")
+
+
+LAYOUTS = [specials_first, letters_first, shared_end]
 MODES = [
     DecodeConfig(mode="ctc"),
     DecodeConfig(mode="ctc", beam=4),
@@ -37,11 +58,12 @@ MODES = [
 
 
 class Fake:
-    """The three methods of a student, with random tables: every output depends on the whole prefix and recording."""
+    """The methods of a student, with random tables: every output depends on the whole prefix and recording."""
 
-    def __init__(self, vocabulary: int, seed: int = 0) -> None:
+    def __init__(self, vocabulary: int, seed: int = 0, *, has_ctc: bool = True, has_decoder: bool = True) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.training = False
+        self.has_ctc, self.has_decoder = has_ctc, has_decoder
         self.table = 2 * torch.randn(vocabulary, vocabulary, generator=generator)
 
     def encode(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,7 +122,7 @@ def plain_prefix_beam(log_probs: np.ndarray, blank: int, beam: int) -> tuple[tup
 def test_ctc_greedy_merges_repeats_drops_blanks_and_ignores_padding() -> None:
     paths = torch.tensor([[3, 3, 0, 3, 4, 0], [0, 0, 5, 5, 5, 6]])
     log_probs = torch.nn.functional.one_hot(paths, 7).float().mul(9).log_softmax(2)
-    found = ctc_greedy(log_probs, torch.tensor([6, 4]))
+    found = ctc_greedy(log_probs, torch.tensor([6, 4]), blank=0)
     assert [tokens for tokens, _ in found] == [(3, 3, 4), (5,)]
     assert found[1][1] == pytest.approx(4 * float(log_probs.max()), rel=1e-3)
     assert ctc_greedy(log_probs, torch.tensor([6, 2]), blank=3)[0][0] == (0, 4, 0)
@@ -132,72 +154,81 @@ def test_ctc_beam_equals_the_plain_algorithm_at_any_width(beam: int, scale: floa
 
 def test_ctc_beam_finds_a_text_that_greedy_misses() -> None:
     log_probs = torch.tensor([[[0.6, 0.4], [0.6, 0.4]]]).log()  # blank blank 0.36; the label in any way 0.64
-    assert ctc_greedy(log_probs, torch.tensor([2]))[0][0] == ()
-    tokens, score = ctc_beam(log_probs, torch.tensor([2]), beam=2)[0]
+    assert ctc_greedy(log_probs, torch.tensor([2]), blank=0)[0][0] == ()
+    tokens, score = ctc_beam(log_probs, torch.tensor([2]), 0, beam=2)[0]
     assert tokens == (1,)
     assert score == pytest.approx(np.log(0.64), abs=1e-6)
 
 
-def sentence_score(model: Fake, encoded: Tensor, length: int, tokens: tuple[int, ...]) -> float:
-    inputs = torch.tensor([[Tokenizer.bos, *tokens]])
+def sentence_score(model: Fake, encoded: Tensor, length: int, tokens: tuple[int, ...], tokenizer: Tokenizer) -> float:
+    inputs = torch.tensor([[tokenizer.bos, *tokens]])
     log_probs = model.decoder_logits(inputs, encoded[None], torch.tensor([length]))[0].log_softmax(1)
-    return float(sum(log_probs[u, token] for u, token in enumerate((*tokens, Tokenizer.eos))))
+    return float(sum(log_probs[u, token] for u, token in enumerate((*tokens, tokenizer.eos))))
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_decoder_beam_finds_the_best_of_all_texts(seed: int) -> None:
-    model, encoded, lengths = Fake(6, seed), noise(4, 3, 6, seed=seed), torch.tensor([3, 1, 2, 3])
-    texts = [t for n in range(4) for t in itertools.product(range(3, 6), repeat=n)]
-    found = decoder_beam(model, encoded, lengths, max_length=3, beam=40)
-    narrow = decoder_beam(model, encoded, lengths, max_length=3, beam=2)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("seed", range(4))
+def test_decoder_beam_finds_the_best_of_all_texts(seed: int, layout: Callable[[int], Tokenizer]) -> None:
+    tokenizer = layout(3)
+    size = tokenizer.size
+    model, encoded, lengths = Fake(size, seed), noise(4, 3, size, seed=seed), torch.tensor([3, 1, 2, 3])
+    letters = [tokenizer.pieces.index(letter) for letter in "ABC"]
+    texts = [t for n in range(4) for t in itertools.product(letters, repeat=n)]
+    found = decoder_beam(model, encoded, lengths, tokenizer, max_length=3, beam=40)
+    narrow = decoder_beam(model, encoded, lengths, tokenizer, max_length=3, beam=2)
     for row, (tokens, score) in enumerate(found):
-        scores = {text: sentence_score(model, encoded[row], int(lengths[row]), text) for text in texts}
+        scores = {text: sentence_score(model, encoded[row], int(lengths[row]), text, tokenizer) for text in texts}
         assert tokens == max(scores, key=lambda text: scores[text])
         assert score == pytest.approx(scores[tokens], abs=1e-4)
         assert narrow[row][1] == pytest.approx(scores[narrow[row][0]], abs=1e-4)
         assert narrow[row][1] <= score + 1e-4
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("max_length", [1, 2, 5])
-def test_decoder_greedy_takes_the_best_step_and_stops(max_length: int) -> None:
-    model, encoded, lengths = Fake(7), noise(20, 4, 7), torch.full((20,), 4)
-    found = decoder_greedy(model, encoded, lengths, max_length)
+def test_decoder_greedy_takes_the_best_step_and_stops(max_length: int, layout: Callable[[int], Tokenizer]) -> None:
+    tokenizer = layout(4)
+    model, encoded, lengths = Fake(tokenizer.size), noise(20, 4, tokenizer.size), torch.full((20,), 4)
+    found = decoder_greedy(model, encoded, lengths, tokenizer, max_length)
     assert len({len(tokens) for tokens, _ in found}) > 1  # rows end at different steps
     for row, (tokens, score) in enumerate(found):
         wanted: list[int] = []
         while len(wanted) < max_length:
-            inputs = torch.tensor([[Tokenizer.bos, *wanted]])
+            inputs = torch.tensor([[tokenizer.bos, *wanted]])
             last = model.decoder_logits(inputs, encoded[row : row + 1], lengths[:1])[0, -1]
-            last[[Tokenizer.unk, Tokenizer.bos]] = -torch.inf
-            if int(last.argmax()) == Tokenizer.eos:
+            last[[i for i in (tokenizer.unk, tokenizer.blank, tokenizer.bos) if i != tokenizer.eos]] = -torch.inf
+            if int(last.argmax()) == tokenizer.eos:
                 break
             wanted.append(int(last.argmax()))
         assert tokens == tuple(wanted)
-        assert score == pytest.approx(sentence_score(model, encoded[row], 4, tokens), abs=1e-4)
+        assert score == pytest.approx(sentence_score(model, encoded[row], 4, tokens, tokenizer), abs=1e-4)
 
 
-def test_word_list_scores_equal_both_heads_by_hand() -> None:
-    model, encoded, lengths = Fake(6), noise(3, 4, 6), torch.tensor([4, 2, 3])
-    words = [(3,), (4, 4), (3, 5, 4), (5, 3, 4, 4)]
-    ctc = word_list_scores(model, encoded, lengths, words, ctc_weight=1.0)
-    decoder = word_list_scores(model, encoded, lengths, words, ctc_weight=0.0)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_word_list_scores_equal_both_heads_by_hand(layout: Callable[[int], Tokenizer]) -> None:
+    tokenizer = layout(3)
+    size = tokenizer.size
+    model, encoded, lengths = Fake(size), noise(3, 4, size), torch.tensor([4, 2, 3])
+    words = [tuple(tokenizer.encode(word)) for word in ("A", "BB", "ACB", "CABB")]
+    ctc = word_list_scores(model, encoded, lengths, words, 1.0, tokenizer)
+    decoder = word_list_scores(model, encoded, lengths, words, 0.0, tokenizer)
     for row, length in enumerate(lengths.tolist()):
-        texts = all_texts(encoded[row, :length].log_softmax(1), 0)
+        texts = all_texts(encoded[row, :length].log_softmax(1), tokenizer.blank)
         assert ctc[row].tolist() == pytest.approx([texts.get(w, -np.inf) for w in words], abs=1e-5)
-        by_hand = [sentence_score(model, encoded[row], length, word) for word in words]
+        by_hand = [sentence_score(model, encoded[row], length, word, tokenizer) for word in words]
         assert decoder[row].tolist() == pytest.approx(by_hand, abs=1e-5)
     assert ctc[1, 1] == -torch.inf  # a repeated token needs a blank between: three frames
     assert decoder.isfinite().all()
-    both = word_list_scores(model, encoded, lengths, words, ctc_weight=0.3)
+    both = word_list_scores(model, encoded, lengths, words, 0.3, tokenizer)
     torch.testing.assert_close(both, 0.3 * ctc + 0.7 * decoder)
 
 
 def test_long_word_lists_are_scored_in_parts() -> None:
-    model, encoded = Fake(9), noise(1, 5, 9)
+    model, encoded, tokenizer = Fake(9), noise(1, 5, 9), specials_first(6)
     words = [tuple(w) for n in (1, 2, 3) for w in itertools.product(range(3, 9), repeat=n)]
     assert len(words) == 258
-    together = word_list_scores(model, encoded, torch.tensor([5]), words, 0.5)
-    alone = [word_list_scores(model, encoded, torch.tensor([5]), [word], 0.5).item() for word in words]
+    together = word_list_scores(model, encoded, torch.tensor([5]), words, 0.5, tokenizer)
+    alone = [word_list_scores(model, encoded, torch.tensor([5]), [word], 0.5, tokenizer).item() for word in words]
     assert together[0].tolist() == pytest.approx(alone, abs=1e-5)
 
 
@@ -218,8 +249,8 @@ def student(tokenizer: Tokenizer) -> Student:
     torch.manual_seed(0)
     model = Student(ModelConfig(size="micro", dropout=0.0), tokenizer.size).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    rows = [torch.tensor([Tokenizer.bos, *tokenizer.encode(word), Tokenizer.eos]) for word in WORDS[:5]]
-    texts = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=Tokenizer.eos)
+    rows = [torch.tensor([tokenizer.bos, *tokenizer.encode(word), tokenizer.eos]) for word in WORDS[:5]]
+    texts = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.eos)
     for _ in range(70):
         encoded, lengths = model.encode(FEATURES, LENGTHS)
         logits = model.decoder_logits(texts[:, :-1], encoded, lengths)
@@ -284,6 +315,40 @@ def test_what_cannot_be_decoded_is_refused(tokenizer: Tokenizer) -> None:
         decode(model, features, lengths, DecodeConfig(), tokenizer)
 
 
+ONE_HEAD = [
+    ({"has_decoder": False}, [MODES[0], MODES[1], MODES[6]], [MODES[2], MODES[3], MODES[4]]),
+    ({"has_ctc": False}, [MODES[2], MODES[3], MODES[5]], [MODES[0], MODES[1], MODES[4]]),
+]
+
+
+@pytest.mark.parametrize(("heads", "works", "refused"), ONE_HEAD)
+def test_a_recogniser_with_one_head_uses_that_one(
+    heads: dict[str, bool], works: list[DecodeConfig], refused: list[DecodeConfig]
+) -> None:
+    tokenizer = letters_first(5)
+    model, whole = Fake(tokenizer.size, **heads), Fake(tokenizer.size)
+    features, lengths = noise(4, 12, tokenizer.size), torch.tensor([12, 7, 9, 12])
+    for settings in works:
+        found = decode(model, features, lengths, settings, tokenizer, WORDS)
+        assert found == decode(whole, features, lengths, settings, tokenizer, WORDS)
+    missing, mode, weight = ("attention decoder", "ctc", 1) if "has_decoder" in heads else ("CTC head", "decoder", 0)
+    for settings in refused:
+        remedy = f"--set decode.ctc_weight={weight}" if settings.word_list else f"--set decode.mode={mode}"
+        with pytest.raises(ConfigError, match=f"has no {missing}.*{remedy}"):
+            decode(model, features, lengths, settings, tokenizer, WORDS)
+
+
+def test_ctc_with_the_blank_last_reads_the_letter_of_row_0() -> None:
+    """The study read ids one too low; a blank at V must neither shift ids nor swallow the first piece."""
+    tokenizer = letters_first(4)
+    path = torch.tensor([[4, 0, 0, 4, 1, 1, 4, 1, 0, 4]])  # - A A - B B - B A -
+    logits = 9.0 * torch.nn.functional.one_hot(path, tokenizer.size).float()
+    for beam in (1, 4):
+        settings = DecodeConfig(mode="ctc", beam=beam)
+        (found,) = decode(Fake(tokenizer.size), logits, torch.tensor([10]), settings, tokenizer)
+        assert (found.text, found.tokens) == ("ABBA", (0, 1, 1, 0))
+
+
 def test_max_length_too_short_names_the_prompt(tokenizer: Tokenizer) -> None:
     check_max_length(WORDS, tokenizer, 6)  # </s> is not counted
     with pytest.raises(TokenizerError, match=r"'DECADE' has 6 tokens but max_length is 3: 2 of 6 .*--max-length 6"):
@@ -296,7 +361,7 @@ def test_the_decoder_can_write_a_prompt_of_max_length(tokenizer: Tokenizer) -> N
 
     class Speller(Fake):
         def decoder_logits(self, tokens: Tensor, encoded: Tensor, encoded_lengths: Tensor) -> Tensor:
-            script = torch.tensor([*wanted, Tokenizer.eos])[: tokens.shape[1]].expand(len(tokens), -1)
+            script = torch.tensor([*wanted, tokenizer.eos])[: tokens.shape[1]].expand(len(tokens), -1)
             return torch.nn.functional.one_hot(script, tokenizer.size).float() * 20
 
     for beam in (1, 3):

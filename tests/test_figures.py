@@ -59,7 +59,9 @@ def ctc(who: str, tokens: Sequence[int], frames: int, pieces: Sequence[str]) -> 
         probabilities[2 * place, [0, token]] = 0.001, 1.0
     probabilities /= probabilities.sum(1, keepdims=True)
     spikes = tuple(Spike(2 * i, t, pieces[t], 2 * i * FRAME_S, 0.9) for i, t in enumerate(tokens))
-    return CtcPosterior(who, "".join(pieces[t] for t in tokens), 2.0, probabilities, FRAME_S, spikes)
+    return CtcPosterior(
+        who, "".join(pieces[t] for t in tokens), 2.0, probabilities, FRAME_S, spikes, probabilities[:, 0]
+    )
 
 
 def heard(
@@ -164,7 +166,7 @@ def test_labels_of_neighbours_stand_in_different_rows() -> None:
     pieces = ["<unk>", "▁CONTROL", "▁COUNTRY", "X"]
     near = ctc("student", [1, 2, 1, 3], 60, pieces)
     assert label_rows(near, 60 * FRAME_S)[:3] == [0, 1, 2]
-    far = CtcPosterior("s", "", 1.0, near.probabilities, FRAME_S, (near.spikes[0], near.spikes[3]))
+    far = CtcPosterior("s", "", 1.0, near.probabilities, FRAME_S, (near.spikes[0], near.spikes[3]), near.blank)
     assert label_rows(far, 8 * FRAME_S) == [0, 0]
     assert label_rows(ctc("student", [3, 3, 3], 20, pieces), 20 * FRAME_S) == [0, 0, 0]
 

@@ -117,25 +117,219 @@ def test_an_id_that_does_not_exist_is_an_error(wrong: int) -> None:
 
 def test_fingerprint_follows_pieces_and_normaliser(tmp_path: Path) -> None:
     tokenizer = Tokenizer.train(WORDS, "char", 64, "upper")
-    (tmp_path / "t.model").write_bytes(tokenizer.model_bytes)
-    assert Tokenizer.load(tmp_path / "t.model", "upper").fingerprint == tokenizer.fingerprint
+    for name in ("t.model", "tokenizer.ckpt"):  # SpeechBrain's name for the same bytes
+        (tmp_path / name).write_bytes(tokenizer.model_bytes)
+        assert Tokenizer.load(tmp_path / name, "upper").fingerprint == tokenizer.fingerprint
     assert Tokenizer.from_bytes(tokenizer.model_bytes, "lower").fingerprint != tokenizer.fingerprint
     assert Tokenizer.train(WORDS[1:], "char", 64, "upper").fingerprint != tokenizer.fingerprint
 
 
-def test_files_that_are_no_model_are_refused(tmp_path: Path) -> None:
+# from the code before there was another kind than SentencePiece: checkpoints and targets are bound by them
+FINGERPRINTS = {
+    "char": "d9aafed730beb3277f23c2a3847c1ebb1df569bb9277e6fa298678680a23d384",
+    "bpe": "4b25c6c47ee32919b06d442a3acb49bf029dba04801d8d3314bed04824373ddf",
+    "unigram": "5564380a46518c9a2c8171fadd1794ade328d80561280a1d57d9ff2b9badf95d",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fingerprints_stay_what_they_were(kind: str) -> None:
+    tokenizer = Tokenizer.train(WORDS, kind, 64, "upper")
+    assert tokenizer.fingerprint == FINGERPRINTS[kind]
+    assert (tokenizer.kind, tokenizer.appended, tokenizer.unwritten) == ("sentencepiece", 0, (0, 1))
+
+
+def test_the_study_tokenizer_keeps_its_fingerprint() -> None:
+    tokenizer = Tokenizer.load(needs_reference() / "tokenizer.model", "upper")
+    assert tokenizer.fingerprint == "bb56b292e29996bd684154887044cf692126537bc1ef9a65565e86292d5b8f67"
+    assert tokenizer.with_normaliser("upper_no_punctuation").fingerprint.startswith("e9f99e73246d")
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    return {name: getattr(tokenizer, name) for name in ("unk", "blank", "bos", "eos")}
+
+
+def as_json(content: object) -> bytes:
+    return json.dumps(content).encode()
+
+
+def test_a_sentencepiece_model_without_start_and_end_gets_nemos_blank() -> None:
+    model = trained_with(vocab_size=40, hard_vocab_limit=False, bos_id=-1, eos_id=-1)
+    tokenizer = Tokenizer(model, "lower")
+    own = sentencepiece.SentencePieceProcessor(model_proto=model)
+    size = own.get_piece_size()
+    assert special_ids(tokenizer) == {"unk": 0, "blank": size, "bos": size + 1, "eos": size + 2}
+    assert tokenizer.pieces[size:] == ("<blank>", "<s>", "</s>")
+    assert (tokenizer.size, tokenizer.appended) == (size + 3, 3)
+    assert tokenizer.encode("seven") == own.encode("seven")
+    assert tokenizer.decode([size + 1, *tokenizer.encode("seven"), size, size + 2]) == "seven"
+
+
+def test_a_sentencepiece_model_with_other_special_ids_keeps_them() -> None:
+    """T5's habit; the padding is what CTC recognisers of the Hugging Face hub call blank."""
+    model = trained_with(vocab_size=40, hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+    tokenizer = Tokenizer(model, "lower")
+    assert special_ids(tokenizer) == {"unk": 2, "blank": 0, "bos": tokenizer.size - 1, "eos": 1}
+    tokenizer.self_test(["seven", "x-ray"])
+    # with <unk> 0, <s> 1 and </s> 2 the blank stays 0, whatever else there is
+    assert Tokenizer(trained_with(vocab_size=40, hard_vocab_limit=False, pad_id=3), "lower").blank == 0
+
+
+def test_special_ids_that_collide_are_refused() -> None:
+    model = trained_with(vocab_size=40, hard_vocab_limit=False, unk_id=3, bos_id=1, eos_id=2, eos_piece="<pad>")
+    with pytest.raises(TokenizerError, match="unk 3, blank 2, bos 1, eos 2: start and end of a text need ids"):
+        Tokenizer(model, "upper")
+
+
+def test_the_vocabulary_of_wav2vec2() -> None:
+    pieces = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ"]  # of facebook/wav2vec2-base-960h
+    tokenizer = Tokenizer(as_json({piece: i for i, piece in enumerate(pieces)}), "upper")
+    assert special_ids(tokenizer) == {"unk": 3, "blank": 0, "bos": 1, "eos": 2}
+    assert (tokenizer.kind, tokenizer.size, tokenizer.appended) == ("pieces", 32, 0)
+    assert tokenizer.encode("come on") == [pieces.index(c) for c in "COME|ON"]
+    assert tokenizer.decode([0, *tokenizer.encode("hello"), 4, 4, *tokenizer.encode("o'clock"), 4]) == "HELLO O'CLOCK"
+    assert tokenizer.unspellable(["x-ray", "a|b", "xray"]) == {"x-ray": "<unk> for -", "a|b": "<unk> for |"}
+    shuffled = dict(sorted((piece, i) for i, piece in enumerate(pieces)))
+    assert Tokenizer(as_json(shuffled), "upper").fingerprint == tokenizer.fingerprint  # ids count, not lines
+
+
+LISTS = {
+    "one a line": "<blank>\n<unk>\nA\nB\nAB\n<sos/eos>\n",
+    "with ids": "<blank> 0\nAB 4\nA 2\nB 3\n<unk> 1\n<sos/eos> 5\n",
+    "with tabs and Windows line ends": "<blank>\t0\r\n<unk>\t1\r\nA\t2\r\nB\t3\r\nAB\t4\r\n<sos/eos>\t5\r\n",
+    "with the symbols of k2": "<blank> 0\n<unk> 1\nA 2\nB 3\nAB 4\n<sos/eos> 5\n#0 6\n#1 7\n",
+    "JSON list": '["<blank>", "<unk>", "A", "B", "AB", "<sos/eos>"]',
+    "JSON object": '{"AB": 4, "<blank>": 0, "<unk>": 1, "A": 2, "B": 3, "<sos/eos>": 5}',
+    "with a byte order mark": "\ufeff<blank>\n<unk>\nA\nB\nAB\n<sos/eos>",
+}
+
+
+@pytest.mark.parametrize("text", LISTS.values(), ids=LISTS.keys())
+def test_every_form_of_a_list_is_the_same_tokenizer(text: str, tmp_path: Path) -> None:
+    (tmp_path / "tokens.txt").write_bytes(text.encode())
+    tokenizer = Tokenizer.load(tmp_path / "tokens.txt", "upper")
+    assert tokenizer.pieces == ("<blank>", "<unk>", "A", "B", "AB", "<sos/eos>")
+    assert special_ids(tokenizer) == {"unk": 1, "blank": 0, "bos": 5, "eos": 5}
+    assert tokenizer.unwritten == (0, 1)  # the decoder must be able to end
+    again = Tokenizer.from_bytes(tokenizer.model_bytes, "upper", tokenizer.kind)
+    assert again.fingerprint == tokenizer.fingerprint == Tokenizer(LISTS["JSON list"].encode(), "upper").fingerprint
+
+
+def test_lists_are_cut_greedily_with_the_longest_piece_first() -> None:
+    tokenizer = Tokenizer(as_json(["A", "B", "C", "AB", "BCA"]), "upper")
+    assert [tokenizer.pieces[i] for i in tokenizer.encode("abca")] == ["AB", "C", "A"]
+    assert special_ids(tokenizer) == {"blank": 5, "bos": 6, "eos": 7, "unk": 8}
+    assert tokenizer.encode("axb") == [0, 8, 1]
+    assert tokenizer.decode([0, 8, 1, 5, 7]) == "A<unk>B"  # not a text that could be right
+    with pytest.raises(TokenizerError, match="<unk> for B C D"):  # ABC leaves D over; A and BCD would do
+        Tokenizer(as_json(["A", "AB", "ABC", "BCD"]), "upper").self_test(["ABCD"])
+
+
+def test_pieces_of_sentencepiece_in_a_list_begin_words() -> None:
+    tokenizer = Tokenizer("<unk>\n\u2581CO\nME\n\u2581\nON\nC\n".encode(), "upper")
+    ids = tokenizer.encode("come on")
+    assert [tokenizer.pieces[i] for i in ids] == ["\u2581CO", "ME", "\u2581", "ON"]
+    assert tokenizer.decode(ids) == "COME ON"
+
+
+@pytest.mark.parametrize("space", ["|", "<space>", "\u2581", " "])
+def test_a_piece_for_the_space_stands_between_words_only(space: str) -> None:
+    tokenizer = Tokenizer(as_json([space, *"COMEN"]), "upper")
+    assert tokenizer.encode("come on") == [1, 2, 3, 4, 0, 2, 5]
+    tokenizer.self_test(["come on", "no"])
+
+
+def test_one_line_is_a_character_set() -> None:
+    tokenizer = Tokenizer(b" ABCDEFGHIJKLMNOPQRSTUVWXYZ'\n", "upper")
+    assert (tokenizer.size, tokenizer.blank) == (32, 28)
+    tokenizer.self_test(["come on", "o'clock"])
+    assert tokenizer.unspellable(["X-RAY"]) == {"X-RAY": "<unk> for -"}
+
+
+def hugging_face(kind: str) -> bytes:
+    """A small tokenizer.json, as `tokenizers` writes it."""
+    library = pytest.importorskip("tokenizers")
+    words = [word.upper() for word in WORDS]
+    if kind == "byte-level":  # as Whisper's
+        made = library.Tokenizer(library.models.BPE())
+        made.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = library.decoders.ByteLevel()
+        special = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>"]
+        alphabet = library.pre_tokenizers.ByteLevel.alphabet()
+        trainer = library.trainers.BpeTrainer(
+            vocab_size=280, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        )
+    else:  # as Parakeet's
+        made = library.Tokenizer(library.models.Unigram())
+        made.pre_tokenizer = library.pre_tokenizers.Metaspace()
+        made.decoder = library.decoders.Metaspace()
+        trainer = library.trainers.UnigramTrainer(
+            vocab_size=60, unk_token="<unk>", special_tokens=["<unk>", "<pad>"], show_progress=False
+        )
+    made.train_from_iterator(words, trainer)
+    made.enable_padding(length=9)
+    return made.to_str().encode()
+
+
+def test_a_tokenizer_json_with_padding_as_blank() -> None:
+    tokenizer = Tokenizer(hugging_face("unigram"), "upper")
+    assert tokenizer.kind == "tokenizer.json"
+    size = tokenizer.size
+    assert special_ids(tokenizer) == {"unk": 0, "blank": 1, "bos": size - 2, "eos": size - 1}
+    tokenizer.self_test(WORDS)
+    ids = tokenizer.encode("seven")
+    assert 0 < len(ids) < 9  # its padding is no part of the text
+    assert tokenizer.decode([size - 2, 1, *ids, 1, size - 1]) == "SEVEN"
+    assert tokenizer.unspellable(["zu7u"]) == {"zu7u": "<unk> for 7"}
+    assert Tokenizer.from_bytes(tokenizer.model_bytes, "upper", "tokenizer.json").fingerprint == tokenizer.fingerprint
+
+
+def test_a_byte_level_tokenizer_json() -> None:
+    tokenizer = Tokenizer(hugging_face("byte-level"), "upper")
+    known = tokenizer.size - tokenizer.appended
+    assert special_ids(tokenizer) == {"eos": 0, "bos": 1, "blank": known, "unk": known + 1}
+    tokenizer.self_test([*WORDS, "any text at all: \u00e9"])
+    assert tokenizer.decode([1, 2, *tokenizer.encode("seven"), 0]) == "SEVEN"  # <|en|> is no text
+    assert tokenizer.decode([*tokenizer.encode("x"), tokenizer.unk, *tokenizer.encode("ray")]) == "X<unk>RAY"
+
+
+BAD = {
+    "empty": (b" \n", r"is empty \(2 bytes\).*Read are SentencePiece models"),
+    "LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\n", "Git LFS pointer.*git lfs pull"),
+    "PyTorch checkpoint": (b"PK\x03\x04\x00\x00", "zip archive.*Read are SentencePiece models"),
+    "cut off": (b"\x0a\x0e\x0a\x05<unk>", "9 bytes that are neither text nor a whole SentencePiece model.*Read are"),
+    "duplicates": (b'["A", "B", "A"]', "pieces more than once: 'A'"),
+    "duplicate keys": (b'{"A": 0, "B": 1, "A": 2}', "pieces more than once: 'A'"),
+    "no id 0": (b"A 1\nB 2\n", r"2 pieces but its ids are not 0 to 1: id 0 is missing, 'A' has 1"),
+    "an id twice": (b'{"A": 0, "B": 1, "C": 1}', "id 2 is missing, 'C' has 1"),
+    "no pieces": (b"[]", "has no pieces"),
+    "empty piece": (b'["A", ""]', "has an empty piece"),
+    "languages": (b'{"eng": {"A": 0}}', r"gives no ids to pieces \(keys: eng\)"),
+    "numbers": (b"[1, 2]", "something else than pieces"),
+    "prose": (b"A tokenizer.\nNot.\n", "line 1 is 'A tokenizer.', expected one piece"),
+    "a hole": (b"A\n\nB\n", "line 2 is empty"),
+    ".vocab": (b"<unk>\t0\n\xe2\x96\x81A\t-3.25\n", "with scores.*Give the .model file"),
+    "WordPiece": (b"A\nB\n##B\n", "WordPiece.* do not say how a word is cut.*tokenizer.json"),
+    "subword-nmt": (b"A@@\nB\n", "subword-nmt"),
+    "byte-level": (json.dumps([chr(i) for i in range(33, 400)]).encode(), "byte-level BPE"),
+    "broken tokenizer.json": (b'{"model": {"type": "BPE"}}', "cannot be read as a tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), BAD.values(), ids=BAD.keys())
+def test_what_is_no_tokenizer_is_refused_with_what_was_found(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.model").write_bytes(content)
+    with pytest.raises(TokenizerError, match=rf"bad\.model .*{message}"):
+        Tokenizer.load(tmp_path / "bad.model", "upper")
+
+
+def test_files_that_cannot_be_opened_and_kinds_that_are_not_known(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match=r"absent\.model.*No such file.*--tokenizer"):
         Tokenizer.load(tmp_path / "absent.model", "upper")
-    for content in (b"", b"version https://git-lfs.github.com/spec/v1\n"):
-        (tmp_path / "bad.model").write_bytes(content)
-        with pytest.raises(TokenizerError, match=rf"bad\.model is no SentencePiece model \({len(content)} bytes\)"):
-            Tokenizer.load(tmp_path / "bad.model", "upper")
-
-
-def test_special_ids_elsewhere_are_refused_with_what_was_found() -> None:
-    model = trained_with(vocab_size=40, hard_vocab_limit=False, unk_id=3, bos_id=-1, eos_id=1, pad_id=0)
-    with pytest.raises(TokenizerError, match=r"unk 3, bos -1 \(none\), eos 1; expected unk 0, bos 1, eos 2"):
-        Tokenizer.from_bytes(model, "upper")
+    with pytest.raises(TokenizerError, match=r"kind 'morse'; known are sentencepiece"):
+        Tokenizer.from_bytes(b"A", "upper", "morse")
+    with pytest.raises(TokenizerError, match="neither text nor a whole SentencePiece model"):
+        Tokenizer.from_bytes(b'["A"]', "upper")  # a checkpoint without a kind holds a SentencePiece model
 
 
 def test_self_test_compares_pieces_and_head() -> None:
@@ -152,6 +346,13 @@ def test_self_test_lists_ten_words_counts_the_rest_and_says_what_is_missing() ->
     assert "cannot write 12 of 13 texts: 'ad' (<unk> for D)" in str(caught.value)
     assert str(caught.value).count("<unk> for") == 10
     assert "and 2 more" in str(caught.value)
+
+
+def test_self_test_says_what_the_texts_cost() -> None:
+    tokenizer = Tokenizer.train(["xray", "go"], "char", 64, "upper")
+    with pytest.raises(TokenizerError, match=r"cannot write 1 of 2 texts.*WRA could not be above 75\.0 %"):
+        tokenizer.self_test(["GO", "X-RAY", "GO", "GO"])
+    assert tokenizer.normalisers_for(["GO", "X-RAY"]) == ["upper_no_punctuation"]
 
 
 def test_self_test_names_the_normaliser_that_would_do() -> None:
@@ -190,6 +391,18 @@ def test_stored_predictions_of_the_study_decode_to_its_true_accuracy() -> None:
     rows = json.loads((REFERENCE / "predictions/eval_M08_nemo_decoder.json").read_text())["predictions"]
     right = sum(tokenizer.decode(row["prediction_tokens"]) == row["target"] for row in rows)
     assert round(100 * right / len(rows), 2) == 18.54
+
+
+@pytest.mark.parametrize("data", [b'["A", "B", "|"]', b"AB '"], ids=["list", "characters"])
+def test_a_checkpoint_keeps_every_kind_and_old_ones_are_sentencepiece(data: bytes) -> None:
+    from xded.models.recogniser import describe, tokenizer_of  # loads torch, which the tokenizer does not need
+
+    for tokenizer in (Tokenizer(data, "upper"), Tokenizer.train(["AB"], "char", 64, "upper")):
+        payload = describe(tokenizer, config.Config(), "student", ())
+        again = tokenizer_of(payload, "upper")
+        assert (again.kind, again.fingerprint) == (tokenizer.kind, payload["tokenizer_fingerprint"])
+    del payload["tokenizer_kind"]
+    assert tokenizer_of(payload, "upper").fingerprint == tokenizer.fingerprint
 
 
 def test_importing_the_tokenizer_does_not_import_torch() -> None:

@@ -83,22 +83,25 @@ def _faulty_steps(posterior: Posterior, vocabulary: int) -> tuple[Counter[str], 
     return Counter({what: int(rows.sum()) for what, rows in counts.items() if rows.any()}), total
 
 
-def sharpness(said: Mapping[str, Said], declared: Mapping[str, float], vocabulary: int, subject: str) -> list[Finding]:
+def sharpness(
+    said: Mapping[str, Said], declared: Mapping[str, float], vocabulary: int, blank: int, subject: str
+) -> list[Finding]:
     """Whether teachers' CTC posteriors have the temperature that they declare.
 
     A single teacher's store keeps the blank's probability at T = 1 (`least_blank`) beside the softened distribution;
     p_1 is proportional to p_T^T, so only the true T brings the two together.
 
     Args:
-        said, declared: posteriors and T of the index, by teacher; vocabulary: V; subject: what the finding is about.
+        said, declared: posteriors and T of the index, by teacher; vocabulary: V; blank: the CTC blank's id;
+            subject: what the finding is about.
     """
     found: dict[str, float] = {}
     error = 0.0
     for teacher, recordings in said.items():
-        off = _blank_error(recordings, declared[teacher], vocabulary)
+        off = _blank_error(recordings, declared[teacher], vocabulary, blank)
         if off <= BLANK_OFF:
             continue
-        others = {t: _blank_error(recordings, t, vocabulary) for t in TEMPERATURES}
+        others = {t: _blank_error(recordings, t, vocabulary, blank) for t in TEMPERATURES}
         best = min(others, key=lambda t: others[t])
         if others[best] < off / 3:
             found[teacher], error = best, max(error, off)
@@ -118,13 +121,13 @@ def sharpness(said: Mapping[str, Said], declared: Mapping[str, float], vocabular
     ]  # fmt: skip
 
 
-def _blank_error(said: Said, temperature: float, vocabulary: int) -> float:
+def _blank_error(said: Said, temperature: float, vocabulary: int, blank: int) -> float:
     """Median distance between the blank's probability at T = 1 and the one that a temperature gives; 0 for too few."""
     off = []
     for posterior in said.values():
         unsure = (posterior.least_blank > UNSURE[0]) & (posterior.least_blank < UNSURE[1])
-        blank = np.exp(sharpened(posterior, [Tokenizer.blank], temperature, vocabulary)[:, 0])
-        off.append(np.abs(blank - posterior.least_blank)[unsure])
+        probability = np.exp(sharpened(posterior, [blank], temperature, vocabulary)[:, 0])
+        off.append(np.abs(probability - posterior.least_blank)[unsure])
     every = np.concatenate(off) if off else np.array([])
     return float(np.median(every)) if len(every) >= UNSURE_FRAMES else 0.0
 
@@ -233,13 +236,15 @@ def rows_of_others(
     noted: Mapping[str, Mapping[str, float | None]],
     tokens: Mapping[str, Sequence[int]],
     index: Index,
+    tokenizer: Tokenizer,
     subject: str,
 ) -> list[Finding]:
     """Whether posteriors give the true texts the probability that was noted when they were made.
 
     Args:
         said, noted: posteriors and `true_log_prob`, by teacher and recording; tokens: of the true texts, without </s>.
-        index: of one of the teachers (kind, temperature, vocabulary); subject: what the finding is about.
+        index: of one of the teachers (kind, temperature, vocabulary); tokenizer: theirs; subject: what the finding is
+            about.
     """
     off: dict[str, tuple[int, int]] = {}
     for teacher, recordings in said.items():
@@ -247,7 +252,7 @@ def rows_of_others(
         for name, posterior in recordings.items():
             wanted = noted[teacher].get(name)
             if wanted is not None and wanted > LEAST_LOG_PROB and tokens.get(name):
-                differences.append(abs(wanted - true_log_prob(posterior, tokens[name], index)))
+                differences.append(abs(wanted - true_log_prob(posterior, tokens[name], index, tokenizer)))
         wrong = sum(not difference <= LOG_PROB_OFF for difference in differences)
         if len(differences) >= KNOWN_TEXTS and wrong > len(differences) / 2:
             off[teacher] = wrong, len(differences)
@@ -266,13 +271,13 @@ def rows_of_others(
     ]  # fmt: skip
 
 
-def true_log_prob(posterior: Posterior, tokens: Sequence[int], index: Index) -> float:
+def true_log_prob(posterior: Posterior, tokens: Sequence[int], index: Index, tokenizer: Tokenizer) -> float:
     """Log-probability a token of a text at T = 1, from a posterior as stored; -inf where it does not fit."""
-    wanted = list(dict.fromkeys([Tokenizer.blank, *tokens, Tokenizer.eos]))
+    wanted = list(dict.fromkeys([tokenizer.blank, *tokens, tokenizer.eos]))
     log_probs = sharpened(posterior, wanted, index.temperature, index.vocabulary)  # [T, distinct tokens]
     places = [wanted.index(token) for token in tokens]
     if index.kind == "decoder":
-        steps = [*places, wanted.index(Tokenizer.eos)]
+        steps = [*places, wanted.index(tokenizer.eos)]
         return float(log_probs[np.arange(len(steps)), steps].mean()) if len(steps) == len(log_probs) else -np.inf
     loss = F.ctc_loss(
         torch.from_numpy(log_probs.astype(np.float32))[:, None], torch.tensor([places]),

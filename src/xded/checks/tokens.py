@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -230,8 +231,8 @@ def special_ids(evaluation: Evaluation, name: str, tokenizer: Tokenizer) -> list
                 {"outside": sum(outside.values()), "ids": total, "example": worst, "size": tokenizer.size},
             )
         ]  # fmt: skip
-    special = {"<unk> or blank": tokenizer.unk, "<s>": tokenizer.bos, "</s>": tokenizer.eos}
-    having = {what: sum(i in (item.tokens or ()) for item in evaluation.items) for what, i in special.items()}
+    special = {"<unk> or blank": {tokenizer.unk, tokenizer.blank}, "<s>": {tokenizer.bos}, "</s>": {tokenizer.eos}}
+    having = {what: sum(not i.isdisjoint(o.tokens or ()) for o in evaluation.items) for what, i in special.items()}
     share = max(having.values()) / max(1, len(evaluation.items))
     if share < SPECIAL_SHARE:
         return []
@@ -277,8 +278,9 @@ def unreachable_prompts(
         reading: outputs for these references; they show what the limits cost.
     """
     normaliser = _fitting(references, tokenizer)
-    ids = {text: _with(tokenizer, normaliser).encode(text) for text in set(references)}
-    unknown = {text for text, of_text in ids.items() if tokenizer.unk in of_text or not of_text}
+    fitted = tokenizer.with_normaliser(normaliser)
+    ids = {text: fitted.encode(text) for text in set(references)}
+    unknown = set(fitted.unspellable(references))
     long = {text for text, of_text in ids.items() if max_length is not None and len(of_text) > max_length}
     lost = sum(text in unknown or text in long for text in references) / len(references)
     if not lost:
@@ -288,10 +290,8 @@ def unreachable_prompts(
     severity: Severity = "refuse" if cost >= GRAVE_POINTS else "warn" if cost >= NOTABLE_POINTS else "note"
     parts, remedies = [], []
     if unknown:
-        parts.append(f"{_some(unknown)} cannot be written with {name} ({normaliser}) without <unk>")
-        others = [n for n in NORMALISERS if not _unwritable(references, tokenizer, n)]
-        other = "Use a tokenizer that has these characters (xded trains one on the prompts)."
-        remedies.append(f"Use --set tokenizer.normaliser={others[0]}." if others else other)
+        parts.append(f"{_some(unknown)} cannot be written with {name} ({normaliser})")
+        remedies.append(remedy(references, tokenizer))
     if long:
         parts.append(f"{_some(long)} need more than {max_length} token{'' if max_length == 1 else 's'}")
         remedies.append("Decode with a --max-length of at least the longest prompt's tokens.")
@@ -311,6 +311,41 @@ def unreachable_prompts(
     ]  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Reach:
+    """What a tokenizer can write behind one normaliser.
+
+    Attributes:
+        unspellable: prompts that no output can equal, and why.
+        lost_takes: takes of these prompts; takes, prompts: of the corpus.
+    """
+
+    normaliser: str
+    unspellable: Mapping[str, str]
+    lost_takes: int
+    takes: int
+    prompts: int
+
+    @property
+    def best_wra(self) -> float:
+        """The highest WRA that a recogniser with this tokenizer can reach: %."""
+        return 100 * (1 - self.lost_takes / self.takes)
+
+
+def reach(references: Sequence[str], tokenizer: Tokenizer, normaliser: str) -> Reach:
+    """Which prompts can be written behind a normaliser; references: one for each take, at least one."""
+    lost = tokenizer.with_normaliser(normaliser).unspellable(references)
+    return Reach(normaliser, lost, sum(t in lost for t in references), len(references), len(set(references)))
+
+
+def remedy(references: Sequence[str], tokenizer: Tokenizer) -> str:
+    """What lets a recogniser write prompts that its tokenizer cannot."""
+    others = tokenizer.normalisers_for(references)
+    if others:
+        return f"Use --set tokenizer.normaliser={others[0]}."
+    return "Use a tokenizer that has these characters (xded trains one on the prompts)."
+
+
 def _cost(
     reading: Reading, ids: Mapping[str, Sequence[int]], unknown: set[str], long: set[str], max_length: int
 ) -> float:
@@ -328,18 +363,13 @@ def _cost(
     return 100 * float(np.mean(cut) + np.mean(unwritten) * (np.mean(rest) if rest else 1.0))
 
 
-def _with(tokenizer: Tokenizer, normaliser: str) -> Tokenizer:
-    return tokenizer if normaliser == tokenizer.normaliser else Tokenizer.from_bytes(tokenizer.model_bytes, normaliser)
-
-
 def _some(texts: set[str]) -> str:
     listed = ", ".join(sorted(texts)[:3])
     return f"{len(texts)} ({listed}{' ...' if len(texts) > 3 else ''})"
 
 
 def _unwritable(references: Sequence[str], tokenizer: Tokenizer, normaliser: str) -> int:
-    fitted = _with(tokenizer, normaliser)
-    return sum(fitted.unk in (ids := fitted.encode(text)) or not ids for text in set(references))
+    return len(tokenizer.with_normaliser(normaliser).unspellable(references))
 
 
 def _fitting(references: Sequence[str], tokenizer: Tokenizer) -> str:
@@ -393,15 +423,32 @@ def _right_under(evaluation: Evaluation, texts: Sequence[str], normaliser: str) 
 
 
 def model_file(data: bytes, subject: str) -> list[Finding]:
-    """A SentencePiece model whose special ids are elsewhere (or that is none)."""
+    """A file that is no tokenizer, or a SentencePiece model that does not say which id its recogniser calls blank.
+
+    Two habits are known: <unk> 0, <s> 1, </s> 2 and the blank shared with <unk> (SpeechBrain), and the blank behind the
+    last piece of a model without <s> and </s> (NeMo).
+    """
     try:
-        Tokenizer.from_bytes(data, NORMALISERS[0])
+        tokenizer = Tokenizer(data, NORMALISERS[0], subject)
     except TokenizerError as error:
         return [
             Finding(
                 "special-ids", "refuse", subject, error.problem,
-                "an id would stand for another piece than the model's heads learn: blank, start or end among words",
-                error.remedy,
+                "without its tokenizer no id can be read", error.remedy,
             )
         ]  # fmt: skip
-    return []
+    habitual = tokenizer.blank == tokenizer.unk or tokenizer.blank == len(tokenizer.pieces) - tokenizer.appended
+    if tokenizer.kind != "sentencepiece" or habitual:
+        return []
+    ids = {"unk": tokenizer.unk, "blank": tokenizer.blank, "bos": tokenizer.bos, "eos": tokenizer.eos}
+    listed = ", ".join(f"{what} {i}" for what, i in ids.items())
+    return [
+        Finding(
+            "special-ids", "warn", subject,
+            f"{subject} does not have its special ids where SpeechBrain and NeMo have them ({listed}); that its "
+            f"'{tokenizer.pieces[tokenizer.blank]}' is the CTC blank is a guess.",
+            "if its recogniser was trained with another blank, blanks stand among the words of every CTC output",
+            "Look up the blank of that recogniser, or train a tokenizer with --unk_id=0 --bos_id=1 --eos_id=2.",
+            {**ids, "size": tokenizer.size},
+        )
+    ]  # fmt: skip

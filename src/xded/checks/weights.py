@@ -12,8 +12,8 @@ from torch import Tensor
 
 from xded.errors import few
 from xded.findings import Finding
+from xded.models.recogniser import tokenizer_of
 from xded.models.student import Student
-from xded.tokenizer import Tokenizer
 
 Weights = Mapping[str, Tensor]
 Payload = Mapping[str, Any]
@@ -149,7 +149,7 @@ def tokenizer(payload: Payload, subject: str) -> list[Finding]:
     """Heads and embedding against the tokenizer that the checkpoint carries, and that against its fingerprint."""
     config = payload.get("config")
     normaliser = config.get("tokenizer", {}).get("normaliser", "upper") if isinstance(config, Mapping) else "upper"
-    own = Tokenizer.from_bytes(payload["tokenizer_model"].numpy().tobytes(), normaliser)
+    own = tokenizer_of(payload, normaliser)
     weights: Weights = payload["model_state_dict"]
     rows = {name: weights[name].shape[0] for name in ROWS if name in weights}
     wrong = {name: count for name, count in rows.items() if count != own.size}
