@@ -54,7 +54,10 @@ class AugmentConfig(Section):
 class TokenizerConfig(Section):
     """How prompts become token ids."""
 
-    path: Path | None = Field(None, description="SentencePiece model to load; none: one is trained on the prompts")
+    path: Path | None = Field(
+        None,
+        description="tokenizer to load, of any format that 'xded tokenizer' reads; none: one is trained on the prompts",
+    )
     kind: Literal["char", "bpe", "unigram"] = Field("char", description="kind of model to train")
     vocabulary: int = Field(64, description="largest number of pieces to train", ge=5)
     normaliser: Literal["upper", "lower", "upper_no_punctuation", "lower_no_punctuation"] = Field(
@@ -62,9 +65,24 @@ class TokenizerConfig(Section):
     )
 
 
+class HuggingFaceConfig(Section):
+    """What a Hugging Face folder says about its encoder; read from there, never written by hand."""
+
+    encoder: dict[str, Any] = Field(description="its config.json")
+    front_end: dict[str, Any] = Field(description="its preprocessor_config.json")
+
+
 class ModelConfig(Section):
     """Student, parent and teacher: Conformer encoder, CTC head, attention decoder."""
 
+    pretrained: Path | None = Field(
+        None,
+        description="encoder that training begins with: a .nemo archive, or a Hugging Face folder or name; it sets the "
+        "encoder's sizes and its features",
+    )
+    hugging_face: HuggingFaceConfig | None = Field(
+        None, description="encoder and front end of a Hugging Face folder, in the place of the Conformer"
+    )
     size: Literal["micro", "tiny", "small", "base"] | None = Field(
         "tiny", description="named size; a field given beside it wins over the size's value"
     )
@@ -74,7 +92,7 @@ class ModelConfig(Section):
     kernel: int = Field(15, description="width of the depthwise convolution, frames (odd)", ge=3)
     feed_forward_factor: int = Field(4, description="width of the feed-forward layers over D", ge=1)
     subsampling_channels: int = Field(32, description="channels of the 4x subsampling convolutions", ge=1)
-    decoder_layers: int = Field(4, description="Transformer decoder layers", ge=1)
+    decoder_layers: int = Field(4, description="Transformer decoder layers; 0: CTC alone, without a decoder", ge=0)
     decoder_feed_forward: int = Field(192, description="width of the decoder's feed-forward layers", ge=8)
     dropout: float = Field(0.1, description="dropout everywhere", ge=0, lt=1)
 
@@ -177,6 +195,20 @@ class StageConfig(Section):
     freeze_encoder: bool = Field(False, description="encoder in eval mode, its outputs computed once and reused")
 
 
+class CurriculumConfig(Section):
+    """Easy recordings first: epochs keep their number of batches, drawn from the easiest share of the recordings."""
+
+    schedule: Literal["none", "linear", "sqrt", "step"] = Field(
+        "none", description="how the share grows to all, by epochs: none (all from the start), linear, sqrt, step"
+    )
+    start: float = Field(0.3, description="share of the recordings in the first epoch", gt=0, le=1)
+    difficulty: Literal["parent", "duration", "targets", "random"] = Field(
+        "parent",
+        description="parent: loss of the weights that training starts from, measured once; duration: seconds; targets: "
+        "-log probability of the text under the targets; random: a control",
+    )
+
+
 class TrainConfig(Section):
     """The one training loop."""
 
@@ -189,6 +221,7 @@ class TrainConfig(Section):
     freeze_layers: int = Field(0, description="first encoder layers that never move (with the subsampling)", ge=0)
     batch_size: int = Field(8, description="recordings in a batch", ge=1)
     accumulate: int = Field(1, description="batches per update", ge=1)
+    curriculum: CurriculumConfig = CurriculumConfig()
     warmup_steps: int = Field(
         2_000, description="updates of linear warm-up per stage, capped at 10 % of the stage", ge=0
     )
@@ -215,11 +248,6 @@ class TrainConfig(Section):
         if self.devices * self.nodes > self.batch_size:
             raise ValueError(f"a batch of {self.batch_size} cannot be shared by {self.devices * self.nodes} devices")
         return self
-
-    @property
-    def stages_run(self) -> tuple[StageConfig, ...]:
-        """The stages without those that a run from scratch leaves out: freezing a random encoder teaches nothing."""
-        return tuple(stage for stage in self.stages if self.init is not None or not stage.freeze_encoder)
 
     def frozen_parts(self, stage: StageConfig) -> tuple[str, ...]:
         """Names of the recogniser's modules that a stage freezes."""
@@ -277,7 +305,19 @@ class Config(Section):
             raise ValueError("ctc_kd needs heard: same_audio (frames of different recordings do not line up)")
         if self.objective.ctc_kd and self.augment.tempo:
             raise ValueError("augment.tempo moves frames away from cached CTC targets; set it to 0 with ctc_kd")
+        asked = self.objective.cross_entropy or self.objective.decoder_kd or self.decode.mode == "decoder"
+        if self.model.decoder_layers == 0 and (asked or self.decode.ctc_weight < 1):
+            raise ValueError(
+                "model.decoder_layers 0 leaves no decoder to train or decode: set objective.cross_entropy and "
+                "objective.decoder_kd to 0, decode.mode to ctc and decode.ctc_weight to 1"
+            )
         return self
+
+    @property
+    def stages_run(self) -> tuple[StageConfig, ...]:
+        """The stages without those that a run from scratch leaves out: freezing a random encoder teaches nothing."""
+        trained = self.train.init is not None or self.model.pretrained is not None
+        return tuple(stage for stage in self.train.stages if trained or not stage.freeze_encoder)
 
 
 def _known_keys(location: tuple[Any, ...]) -> list[str]:

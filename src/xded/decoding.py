@@ -8,20 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from xded.audio import read_audio
 from xded.config import DecodeConfig
 from xded.errors import CheckpointError, ConfigError, TokenizerError
 from xded.features import valid_mask
 from xded.tokenizer import Tokenizer, normalise
 
+if TYPE_CHECKING:
+    from xded.models.recogniser import Recogniser as LoadedRecogniser
+
 Found = tuple[tuple[int, ...], float]  # tokens without <s> and </s>, log-probability
-NOT_WRITTEN = (Tokenizer.unk, Tokenizer.bos)  # no text holds them, so the decoder may not write them
 WORDS_AT_ONCE = 128  # of a word list; bounds memory: 128 words of 7 tokens at V = 5000 take 20 MiB of logits
 
 
@@ -29,6 +33,16 @@ class Recogniser(Protocol):
     """What decoding needs of `models.student.Student`."""
 
     training: bool
+
+    @property
+    def has_ctc(self) -> bool:
+        """Whether `ctc_logits` can be asked."""
+        ...
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether `decoder_logits` can be asked."""
+        ...
 
     def encode(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """[B, T, F], [B] -> encoded [B, T', D], lengths [B]."""
@@ -52,7 +66,7 @@ class Hypothesis:
     score: float
 
 
-def ctc_greedy(log_probs: Tensor, lengths: Tensor, blank: int = Tokenizer.blank) -> list[Found]:
+def ctc_greedy(log_probs: Tensor, lengths: Tensor, blank: int) -> list[Found]:
     """The most probable path of each recording, repeats merged and blanks dropped (Graves et al. 2006, section 3.2).
 
     Args:
@@ -72,7 +86,7 @@ def ctc_greedy(log_probs: Tensor, lengths: Tensor, blank: int = Tokenizer.blank)
     return [(tuple(row[keep].tolist()), score) for row, keep, score in zip(path.cpu(), kept, scores, strict=True)]
 
 
-def ctc_beam(log_probs: Tensor, lengths: Tensor, blank: int = Tokenizer.blank, beam: int = 8) -> list[Found]:
+def ctc_beam(log_probs: Tensor, lengths: Tensor, blank: int, beam: int) -> list[Found]:
     """Prefix beam search (Graves 2012, section 7.5; Hannun et al. 2014, algorithm 1, without a language model).
 
     Args:
@@ -125,36 +139,42 @@ def _prefix_beam(log_probs: np.ndarray, blank: int, beam: int) -> Found:
     return prefixes[best], float(total[best])
 
 
-def decoder_greedy(model: Recogniser, encoded: Tensor, lengths: Tensor, max_length: int) -> list[Found]:
+def decoder_greedy(
+    model: Recogniser, encoded: Tensor, lengths: Tensor, tokenizer: Tokenizer, max_length: int
+) -> list[Found]:
     """The most probable next token at every step until </s>.
 
     Args:
         model: in eval mode.
         encoded: [B, T, D].
         lengths: valid frames, [B].
+        tokenizer: of the model; its `unwritten` ids are never chosen.
         max_length: most tokens before </s>; a row that has them ends there.
 
     Returns:
         Tokens and their log-probability, that of </s> included, [B].
     """
-    rows = len(encoded)
-    tokens = torch.full((rows, 1), Tokenizer.bos, device=encoded.device)
+    rows, eos = len(encoded), tokenizer.eos
+    tokens = torch.full((rows, 1), tokenizer.bos, device=encoded.device)
     scores = torch.zeros(rows, device=encoded.device)
     running = torch.ones(rows, dtype=torch.bool, device=encoded.device)
     for step in range(max_length + 1):
-        log_probs = _next_log_probs(model, tokens, encoded, lengths)  # [B, V]
+        log_probs = _next_log_probs(model, tokens, encoded, lengths, tokenizer)  # [B, V]
         best, token = log_probs.max(dim=1)
         if step == max_length:  # only the end may follow
-            best, token = log_probs[:, Tokenizer.eos], torch.full_like(token, Tokenizer.eos)
+            best, token = log_probs[:, eos], torch.full_like(token, eos)
         scores += torch.where(running, best, 0.0)
-        tokens = torch.cat([tokens, torch.where(running, token, Tokenizer.eos)[:, None]], dim=1)
-        running &= token != Tokenizer.eos
+        tokens = torch.cat([tokens, torch.where(running, token, eos)[:, None]], dim=1)
+        running &= token != eos
         if not running.any():
             break
-    return [(_until_eos(row), score) for row, score in zip(tokens[:, 1:].tolist(), scores.tolist(), strict=True)]
+    written = [row[: row.index(eos)] for row in tokens[:, 1:].tolist()]
+    return [(tuple(row), score) for row, score in zip(written, scores.tolist(), strict=True)]
 
 
-def decoder_beam(model: Recogniser, encoded: Tensor, lengths: Tensor, max_length: int, beam: int) -> list[Found]:
+def decoder_beam(
+    model: Recogniser, encoded: Tensor, lengths: Tensor, tokenizer: Tokenizer, max_length: int, beam: int
+) -> list[Found]:
     """Beam search over unfinished prefixes; the best finished text is kept beside the beam and cannot be crowded out.
 
     A row is done when no prefix in its beam is more probable than its best finished text, as a longer text never gets
@@ -164,26 +184,27 @@ def decoder_beam(model: Recogniser, encoded: Tensor, lengths: Tensor, max_length
         model: in eval mode.
         encoded: [B, T, D].
         lengths: valid frames, [B].
+        tokenizer: of the model; its `unwritten` ids are never chosen.
         max_length: most tokens before </s>.
         beam: K, prefixes kept after each step.
 
     Returns:
         Tokens and their log-probability, that of </s> included, [B].
     """
-    rows, device = len(encoded), encoded.device
+    rows, device, eos = len(encoded), encoded.device, tokenizer.eos
     each_encoded, each_lengths = encoded.repeat_interleave(beam, 0), lengths.repeat_interleave(beam, 0)
-    tokens = torch.full((rows, beam, 1), Tokenizer.bos, device=device)  # [B, K, U]
+    tokens = torch.full((rows, beam, 1), tokenizer.bos, device=device)  # [B, K, U]
     scores = torch.full((rows, beam), -torch.inf, device=device)
     scores[:, 0] = 0.0  # the beam starts as one prefix
     best: list[Found] = [((), -float("inf"))] * rows
     for step in range(max_length + 1):
-        log_probs = _next_log_probs(model, tokens.flatten(0, 1), each_encoded, each_lengths)
+        log_probs = _next_log_probs(model, tokens.flatten(0, 1), each_encoded, each_lengths, tokenizer)
         candidates = scores[:, :, None] + log_probs.unflatten(0, (rows, beam))  # [B, K, V]
-        ended, which = candidates[:, :, Tokenizer.eos].max(dim=1)
+        ended, which = candidates[:, :, eos].max(dim=1)
         for row, (score, k) in enumerate(zip(ended.tolist(), which.tolist(), strict=True)):
             if score > best[row][1]:
                 best[row] = tuple(tokens[row, k, 1:].tolist()), score
-        candidates[:, :, Tokenizer.eos] = -torch.inf
+        candidates[:, :, eos] = -torch.inf
         scores, flat = candidates.flatten(1).topk(beam, dim=1)
         hopeless = [score <= found[1] for score, found in zip(scores[:, 0].tolist(), best, strict=True)]
         if step == max_length or all(hopeless):
@@ -194,15 +215,13 @@ def decoder_beam(model: Recogniser, encoded: Tensor, lengths: Tensor, max_length
     return best
 
 
-def _next_log_probs(model: Recogniser, tokens: Tensor, encoded: Tensor, lengths: Tensor) -> Tensor:
+def _next_log_probs(
+    model: Recogniser, tokens: Tensor, encoded: Tensor, lengths: Tensor, tokenizer: Tokenizer
+) -> Tensor:
     """Log-probabilities of the token after each prefix, without those that no text holds: [B, U] -> [B, V]."""
     log_probs = _log_probs(model.decoder_logits(tokens, encoded, lengths)[:, -1])
-    log_probs[:, list(NOT_WRITTEN)] = -torch.inf
+    log_probs[:, list(tokenizer.unwritten)] = -torch.inf
     return log_probs
-
-
-def _until_eos(tokens: Sequence[int]) -> tuple[int, ...]:
-    return tuple(tokens[: tokens.index(Tokenizer.eos)])
 
 
 def word_list_scores(
@@ -211,7 +230,7 @@ def word_list_scores(
     lengths: Tensor,
     word_tokens: Sequence[Sequence[int]],
     ctc_weight: float,
-    blank: int = Tokenizer.blank,
+    tokenizer: Tokenizer,
 ) -> Tensor:
     """Log-linear mix of both heads for every recording and word (joint decoding, Watanabe et al. 2017).
 
@@ -224,21 +243,48 @@ def word_list_scores(
         lengths: valid frames, [B].
         word_tokens: W lists of tokens, none empty.
         ctc_weight: 0 to 1.
-        blank: id of the CTC blank.
+        tokenizer: of the model.
 
     Returns:
         [B, W], double.
+
+    Raises:
+        ConfigError: a head that has weight is not there.
     """
+    _need(model, ctc=ctc_weight > 0, decoder=ctc_weight < 1, ctc_weight=ctc_weight)
     scores = torch.zeros(len(encoded), len(word_tokens), dtype=torch.double)
-    targets, target_lengths = _pad(word_tokens)
+    targets, target_lengths = _pad(word_tokens, tokenizer.eos)
     for row, length in enumerate(lengths.tolist()):
         heard = encoded[row : row + 1, :length]  # without padding: other recordings cannot change it
         if ctc_weight > 0:
             log_probs = _log_probs(model.ctc_logits(heard)[0])
-            scores[row] += ctc_weight * _ctc_words(log_probs, targets, target_lengths, blank)
+            scores[row] += ctc_weight * _ctc_words(log_probs, targets, target_lengths, tokenizer.blank)
         if ctc_weight < 1:
-            scores[row] += (1 - ctc_weight) * _decoder_words(model, heard, targets, target_lengths)
+            scores[row] += (1 - ctc_weight) * _decoder_words(model, heard, targets, target_lengths, tokenizer)
     return scores
+
+
+def _need(model: Recogniser, *, ctc: bool, decoder: bool, ctc_weight: float | None = None) -> None:
+    """Refuses a decoding that asks for a head that the model does not have.
+
+    Raises:
+        ConfigError: naming the head and the setting (that of word lists, where `ctc_weight` is given).
+    """
+    if ctc and not model.has_ctc:
+        missing, other, mode, weight = "CTC head", "attention decoder", "decoder", 0
+    elif decoder and not model.has_decoder:
+        missing, other, mode, weight = "attention decoder", "CTC head", "ctc", 1
+    else:
+        return
+    if ctc_weight is None:
+        raise ConfigError(
+            f"The recogniser has no {missing}, which is to be decoded.",
+            f"Use its {other}: --set decode.mode={mode} (--decode {mode}).",
+        )
+    raise ConfigError(
+        f"The recogniser has no {missing}, but decode.ctc_weight {ctc_weight:g} lets it score the word list.",
+        f"Use its {other} alone: --set decode.ctc_weight={weight}.",
+    )
 
 
 def _log_probs(logits: Tensor) -> Tensor:
@@ -255,10 +301,10 @@ def _log_probs(logits: Tensor) -> Tensor:
     return log_probs
 
 
-def _pad(word_tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+def _pad(word_tokens: Sequence[Sequence[int]], eos: int) -> tuple[Tensor, Tensor]:
     """Words as [W, U], padded with </s>, and their lengths [W]."""
     lengths = torch.tensor([len(tokens) for tokens in word_tokens])
-    targets = torch.full((len(word_tokens), int(lengths.max())), Tokenizer.eos)
+    targets = torch.full((len(word_tokens), int(lengths.max())), eos)
     for row, tokens in enumerate(word_tokens):
         targets[row, : len(tokens)] = torch.tensor(tokens)
     return targets, lengths
@@ -278,10 +324,12 @@ def _ctc_words(log_probs: Tensor, targets: Tensor, target_lengths: Tensor, blank
     return torch.cat(scores)
 
 
-def _decoder_words(model: Recogniser, heard: Tensor, targets: Tensor, target_lengths: Tensor) -> Tensor:
+def _decoder_words(
+    model: Recogniser, heard: Tensor, targets: Tensor, target_lengths: Tensor, tokenizer: Tokenizer
+) -> Tensor:
     """Decoder log-probability of words [W, U] and </s> given encoded [1, T, D]: [W]."""
-    ends = targets.new_full((len(targets), 1), Tokenizer.eos)
-    inputs = torch.cat([torch.full_like(ends, Tokenizer.bos), targets], dim=1).to(heard.device)  # [W, U + 1]
+    ends = targets.new_full((len(targets), 1), tokenizer.eos)
+    inputs = torch.cat([torch.full_like(ends, tokenizer.bos), targets], dim=1).to(heard.device)  # [W, U + 1]
     outputs = torch.cat([targets, ends], dim=1).to(heard.device)  # padded with </s> too: the first one ends the word
     scores = []
     for part, wanted in zip(inputs.split(WORDS_AT_ONCE), outputs.split(WORDS_AT_ONCE), strict=True):
@@ -315,12 +363,29 @@ def decode(
 
     Raises:
         CheckpointError: the model's outputs are NaN.
-        ConfigError: `settings.word_list` without words.
+        ConfigError: `settings.word_list` without words; a head that the model does not have.
         TokenizerError: a listed word that the tokenizer cannot write.
     """
     with torch.no_grad():
         encoded, encoded_lengths = model.encode(features, lengths)
     return decode_encoded(model, encoded, encoded_lengths, settings, tokenizer, word_list)
+
+
+def hear(
+    recogniser: LoadedRecogniser, path: Path, config: DecodeConfig, word_list: Sequence[str] | None = None
+) -> Hypothesis:
+    """Recognises one audio file.
+
+    Raises:
+        CorpusError: it cannot be read. Otherwise as `decode`.
+    """
+    waveform = read_audio(path, recogniser.student.front_end.sample_rate)
+    device = next(recogniser.student.parameters()).device
+    with torch.inference_mode():
+        samples = torch.tensor([len(waveform)], device=device)
+        features, lengths = recogniser.student.front_end(torch.from_numpy(waveform)[None].to(device), samples)
+        features = features[:, : int(lengths[0])]
+        return decode(recogniser.student, features, lengths, config, recogniser.tokenizer, word_list)[0]
 
 
 @torch.no_grad()
@@ -337,6 +402,7 @@ def decode_encoded(
         raise ValueError("decoding with dropout gives other words every time: call model.eval() first")
     if settings.word_list:
         return _choose_words(model, encoded, lengths, settings, tokenizer, word_list)
+    _need(model, ctc=settings.mode == "ctc", decoder=settings.mode == "decoder")
     if settings.mode == "ctc":
         log_probs = _log_probs(model.ctc_logits(encoded))
         if settings.beam == 1:
@@ -344,9 +410,9 @@ def decode_encoded(
         else:
             found = ctc_beam(log_probs, lengths, tokenizer.blank, settings.beam)
     elif settings.beam == 1:
-        found = decoder_greedy(model, encoded, lengths, settings.max_length)
+        found = decoder_greedy(model, encoded, lengths, tokenizer, settings.max_length)
     else:
-        found = decoder_beam(model, encoded, lengths, settings.max_length, settings.beam)
+        found = decoder_beam(model, encoded, lengths, tokenizer, settings.max_length, settings.beam)
     return [Hypothesis(tokens, tokenizer.decode(tokens), score) for tokens, score in found]
 
 
@@ -364,7 +430,7 @@ def _choose_words(
         raise ConfigError("Word-list decoding has no words.", "Give the words with --word-list, one a line.")
     tokenizer.self_test(words)
     tokens = [tuple(tokenizer.encode(word)) for word in words]
-    scores, best = word_list_scores(model, encoded, lengths, tokens, settings.ctc_weight, tokenizer.blank).max(dim=1)
+    scores, best = word_list_scores(model, encoded, lengths, tokens, settings.ctc_weight, tokenizer).max(dim=1)
     return [
         Hypothesis(tokens[i], words[i], score) if score > -torch.inf else Hypothesis((), "", score)
         for i, score in zip(best.tolist(), scores.tolist(), strict=True)

@@ -102,8 +102,9 @@ def attempt_config(system: str, config: Config, parts: Split, plan: Plan, parent
         objective = objective.supervised
     init = (parent / "best.pt").resolve() if system.endswith("from the parent") else None
     train = config.train.model_copy(update={"init": init})
-    train = train.model_copy(update={"stages": train.stages_run})
-    scaled = stages_for(plan.updates, len(parts.train), config.model_copy(update={"train": train}))
+    begun = config.model_copy(update={"train": train})
+    train = train.model_copy(update={"stages": begun.stages_run})
+    scaled = stages_for(plan.updates, len(parts.train), begun.model_copy(update={"train": train}))
     return config.model_copy(
         update={
             "objective": objective,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib import import_module
+from types import ModuleType
 
 EXIT_OK = 0
 EXIT_FAILURE = 1  # something went wrong that no argument could have prevented (disk full, NaN loss)
@@ -69,3 +71,23 @@ def few(names: Iterable[str], shown: int = NAMES_SHOWN) -> str:
     listed = list(names)
     more = len(listed) - shown
     return ", ".join(listed[:shown]) + (f" and {more} more" if more > 0 else "")
+
+
+def need_extra(package: str, extra: str, purpose: str) -> ModuleType:
+    """A package that only an extra of this project installs.
+
+    Args:
+        package: what is imported; extra: of this project; purpose: what needs it, to begin a sentence with.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        return import_module(package)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != package.partition(".")[0]:
+            raise
+        raise ConfigError(
+            f"{purpose} needs the package '{package}', which is not installed.",
+            f"Install it: pip install 'xded[{extra}]'.",
+        ) from error

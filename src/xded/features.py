@@ -54,6 +54,7 @@ class LogMel(nn.Module):
     training recordings; the caller says whose (the leakage guard checks it).
     """
 
+    is_waveform = False
     window: Tensor
     filterbank: Tensor
     mean: Tensor
@@ -62,6 +63,7 @@ class LogMel(nn.Module):
     def __init__(self, config: FeatureConfig) -> None:
         super().__init__()
         self.config = config
+        self.sample_rate, self.width = config.sample_rate, config.mels
         self.hop_samples = round(config.hop_s * config.sample_rate)
         self.window_samples = round(config.window_s * config.sample_rate)
         self.register_buffer("window", torch.hann_window(self.window_samples, periodic=False), persistent=False)

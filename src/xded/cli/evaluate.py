@@ -1,5 +1,7 @@
 """Test a checkpoint on held-out speakers.
 
+A pretrained recogniser (a .nemo archive, a Hugging Face folder, hf:NAME) is tested zero-shot, with its own tokenizer.
+
 Example: xded evaluate runs/M08/best.pt --held-out M08 --decode decoder --max-length 10
 """
 
@@ -11,16 +13,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from xded.cli.options import CorpusOption, decode_settings
+from xded.cli.options import CorpusOption, LanguageOption, decode_settings
 
 if TYPE_CHECKING:
+    from xded.config import DecodeConfig
     from xded.corpus.manifest import Corpus, Recording
     from xded.models.recogniser import Recogniser
     from xded.scoring import Prediction, Scores
 
 
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint or run folder.", show_default=False)],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Checkpoint, run folder, or a pretrained recogniser.", show_default=False)
+    ],
     held_out: Annotated[
         list[str] | None,
         typer.Option("--held-out", metavar="SPEAKER", help="Test on them (repeat for more); default: the run's own."),
@@ -35,6 +40,7 @@ def evaluate(
     tokenizer: Annotated[
         Path | None, typer.Option(help="Must be the checkpoint's own; checked.", show_default=False)
     ] = None,
+    language: LanguageOption = "en",
     device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     output: Annotated[
         Path | None, typer.Option(help="Scores (JSON); default: scores.json in the run.", show_default=False)
@@ -46,29 +52,19 @@ def evaluate(
 ) -> None:
     """WRA, WER, CER with intervals over takes; predictions.jsonl beside the scores."""
     from xded.decoding import check_max_length
-    from xded.models.recogniser import load_recogniser, pick_device, resolve
+    from xded.models.recogniser import load_recogniser, pick_device
     from xded.report.tables import score_table
-    from xded.scoring import score
-    from xded.training.data import TrainingData
-    from xded.training.evaluation import conditions_of, recognise
 
-    recogniser = load_recogniser(checkpoint, device=str(pick_device(device)))
+    if output is None:
+        output = _beside(checkpoint)
+    recogniser = load_recogniser(checkpoint, device=str(pick_device(device)), language=language)
     loaded, test = _test_recordings(recogniser, corpus, held_out, samples)
     changes: dict[str, Any] = {"mode": decode, "beam": beam, "max_length": max_length, "word_list": word_list or None}
     settings = decode_settings(recogniser.config, changes)
     _check_tokenizer(recogniser, tokenizer, test)
     if settings.mode == "decoder" or settings.word_list:
         check_max_length([r.text for r in test], recogniser.tokenizer, settings.max_length)
-    data = TrainingData(test, recogniser.student.front_end, recogniser.tokenizer)
-    words = loaded.texts if settings.word_list else None
-    predictions = recognise(recogniser.student, data, settings, word_list=words, seed=recogniser.config.seed)
-    conditions = conditions_of(recogniser, loaded, test, settings)
-    if samples:
-        conditions["samples"] = f"at most {samples} takes, drawn at random"
-    scores = score(
-        predictions, normaliser=recogniser.tokenizer.normaliser, word_list=loaded.texts, conditions=conditions
-    )
-    output = output or resolve(checkpoint).parent / "scores.json"
+    scores, predictions = _tested(recogniser, loaded, test, settings, samples)
     kept = _keep(scores, predictions, output)
     _warn_of_heard(recogniser, test)
     if as_json:
@@ -79,6 +75,58 @@ def evaluate(
     console = Console()
     console.print(score_table(scores))
     console.print(f"{output}\n{kept}", highlight=False, soft_wrap=True)
+
+
+def _tested(
+    recogniser: Recogniser, corpus: Corpus, test: Sequence[Recording], settings: DecodeConfig, samples: int | None
+) -> tuple[Scores, list[Prediction]]:
+    """Recognises the recordings, and scores what comes out under conditions that are stated."""
+    from xded.scoring import score
+    from xded.training.data import TrainingData
+    from xded.training.evaluation import conditions_of, recognise
+
+    data = TrainingData(test, recogniser.student.front_end, recogniser.tokenizer)
+    words = _listed_words(recogniser, corpus, test) if settings.word_list else None
+    predictions = recognise(recogniser.student, data, settings, word_list=words, seed=recogniser.config.seed)
+    conditions = conditions_of(recogniser, corpus, test, settings)
+    if samples:
+        conditions["samples"] = f"at most {samples} takes, drawn at random"
+    normaliser = recogniser.tokenizer.normaliser
+    return score(predictions, normaliser=normaliser, word_list=corpus.texts, conditions=conditions), predictions
+
+
+def _beside(checkpoint: Path) -> Path:
+    """Where scores go by default: into the run's folder.
+
+    Raises:
+        ConfigError: what is tested is no run.
+    """
+    from xded.errors import ConfigError
+    from xded.exported import is_exported
+    from xded.models.pretrained import is_pretrained
+    from xded.models.recogniser import resolve
+
+    if is_pretrained(checkpoint) or is_exported(checkpoint):
+        raise ConfigError(
+            f"{checkpoint} is no run, and its scores do not belong beside it.",
+            "Say where they go: --output work/zero-shot/scores.json.",
+        )
+    return resolve(checkpoint).parent / "scores.json"
+
+
+def _listed_words(recogniser: Recogniser, corpus: Corpus, test: Sequence[Recording]) -> list[str]:
+    """The corpus's words that the recogniser's tokenizer can write; the others are named on standard error."""
+    from xded.errors import few
+
+    lost = recogniser.tokenizer.unspellable(corpus.texts)
+    if lost:
+        takes = {r.take for r in test if r.text in lost}
+        typer.echo(
+            f"Warning: the tokenizer of {recogniser.path} cannot write {few(lost)}: left out of the word list, "
+            f"{len(takes)} of {len({r.take for r in test})} tested takes are lost.",
+            err=True,
+        )
+    return [text for text in corpus.texts if text not in lost]
 
 
 def _keep(scores: Scores, predictions: Sequence[Prediction], output: Path) -> Path:
@@ -135,17 +183,18 @@ def _test_recordings(
 
 
 def _check_tokenizer(recogniser: Recogniser, path: Path | None, test: list[Recording]) -> None:
-    """Refuses another tokenizer than the checkpoint's, and prompts that it cannot write."""
+    """Refuses another tokenizer than the checkpoint's, and of a run of ours prompts that it cannot write."""
     from xded.errors import TokenizerError
-    from xded.tokenizer import Tokenizer
+    from xded.models.pretrained import is_pretrained, tokenizer_at
 
     own = recogniser.tokenizer
     if path is not None:
-        given = Tokenizer.load(path, own.normaliser)
+        given = tokenizer_at(path, own.normaliser)
         if given.fingerprint != own.fingerprint:
             raise TokenizerError(
                 f"{path} is not the tokenizer of {recogniser.path} (fingerprint {given.fingerprint[:12]}, "
                 f"the checkpoint's is {own.fingerprint[:12]}).",
                 "Leave out --tokenizer: the checkpoint carries its own.",
             )
-    own.self_test([r.text for r in test], head_size=recogniser.student.vocabulary)
+    if not is_pretrained(recogniser.path):
+        own.self_test([r.text for r in test], head_size=recogniser.student.vocabulary)

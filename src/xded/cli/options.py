@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from xded.config import Config, DecodeConfig
 
-TOKENIZER = "tokenizer.model"  # where teachers, targets and runs keep their SentencePiece model
+TOKENIZER = "tokenizer.model"  # where teachers, targets and runs keep their tokenizer
 
 CorpusOption = Annotated[
     Path | None, typer.Option("--corpus", help="Manifest, or the folder that holds manifest.jsonl.", show_default=False)
@@ -25,6 +25,13 @@ HeldOutOption = Annotated[
 ExcludeOption = Annotated[
     list[str] | None,
     typer.Option("--exclude", metavar="SPEAKER", help="Left out altogether (repeat for more)."),
+]
+LanguageOption = Annotated[
+    str, typer.Option("--language", metavar="CODE", help="That a Whisper model is told to write; no other asks.")
+]
+PretrainedOption = Annotated[
+    Path | None,
+    typer.Option("--pretrained", help="Encoder to begin with: a .nemo archive, a Hugging Face folder, or hf:NAME."),
 ]
 OutOption = Annotated[Path, typer.Option("--out", help="Folder to write.", show_default=False)]
 JobsOption = Annotated[
@@ -84,12 +91,28 @@ def need_corpus(config: Config) -> Path:
 
 
 def resolved(config: Config) -> Config:
-    """The same config with absolute paths, so that a run folder can be used from anywhere."""
+    """The same config with absolute paths, so that a run folder can be used from anywhere.
+
+    With `model.pretrained`, the encoder's sizes and features are filled in from there.
+
+    Raises:
+        CheckpointError: the pretrained encoder is missing, damaged or of an architecture that is not supported.
+    """
     from xded import config as configs
 
-    paths = {"corpus": config.corpus, "targets": config.targets, "train.init": config.train.init}
-    paths["tokenizer.path"] = config.tokenizer.path
-    return configs.override(config, {key: str(path.resolve()) for key, path in paths.items() if path is not None})
+    paths = {
+        "corpus": config.corpus, "targets": config.targets, "train.init": config.train.init,
+        "tokenizer.path": config.tokenizer.path, "model.pretrained": config.model.pretrained,
+    }  # fmt: skip
+    absolute = {
+        key: str(path.resolve()) for key, path in paths.items() if path is not None and not str(path).startswith("hf:")
+    }
+    config = configs.override(config, absolute)
+    if config.model.pretrained is not None:
+        from xded.models.pretrained import fitted
+
+        config = fitted(config)
+    return config
 
 
 def decode_settings(config: Config, changes: dict[str, Any]) -> DecodeConfig:

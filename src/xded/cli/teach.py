@@ -18,6 +18,7 @@ from xded.cli.options import (
     HeldOutOption,
     JobsOption,
     OutOption,
+    PretrainedOption,
     SetOption,
     configured,
     cores,
@@ -37,7 +38,8 @@ def teach(
     ] = None,
     freeze_layers: Annotated[int | None, typer.Option(help="First encoder layers that teachers keep.")] = None,
     model_size: Annotated[str | None, typer.Option(metavar="SIZE", help="micro, tiny, small or base.")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="SentencePiece model; default: one is trained.")] = None,
+    pretrained: PretrainedOption = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer file; default: one is trained.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed.")] = None,
     jobs: JobsOption = 0,
     settings: SetOption = None,
@@ -47,7 +49,7 @@ def teach(
     changes = {
         "corpus": corpus, "fold.held_out": held_out, "fold.exclude": exclude, "teach.parent_on": parent_on,
         "teach.teacher.freeze_layers": freeze_layers, "model.size": model_size, "tokenizer.path": tokenizer,
-        "seed": seed,
+        "model.pretrained": pretrained, "seed": seed,
     }  # fmt: skip
     tree = resolved(configured(config, changes, settings))
     from xded.corpus.manifest import read_corpus

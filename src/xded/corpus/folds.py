@@ -37,11 +37,15 @@ class Split:
 
 @dataclass(frozen=True)
 class Provenance:
-    """What an artefact (parent, teacher M08, targets, normaliser, model selection, student ...) has heard."""
+    """What an artefact (parent, teacher M08, targets, normaliser, model selection, student ...) has heard.
+
+    `known` is false where that is not on record: of a pretrained encoder, or of a teacher from elsewhere.
+    """
 
     what: str
     speakers: frozenset[str]
     takes: frozenset[str] = frozenset()
+    known: bool = True
 
 
 def make_fold(corpus: Corpus, config: FoldConfig) -> Fold:

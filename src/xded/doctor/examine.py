@@ -24,6 +24,7 @@ from xded.tokenizer import Tokenizer
 
 NORMALISER = "upper"  # of a tokenizer file given alone: the study's; runs say their own
 TOKENIZER_SUFFIXES = (".model", ".ckpt")
+TOKENIZER_NAMES = ("tokenizer.json", "vocab.json", "tokens.txt")
 LARGEST_TOKENIZER = 20_000_000  # bytes; a .ckpt may be gigabytes of weights
 DEEPEST = 6  # folders below a folder that was given
 LARGEST_JSON = 500_000_000  # bytes
@@ -112,7 +113,8 @@ class Gatherer:
     def _file(self, path: Path) -> bool:
         if path.name == MANIFEST_NAME or (path.suffix == ".jsonl" and corpora.is_manifest(path)):
             return self._try(path, lambda: self._corpus(path))
-        if path.suffix in TOKENIZER_SUFFIXES and path.stat().st_size < LARGEST_TOKENIZER:
+        of_tokenizer = path.suffix in TOKENIZER_SUFFIXES or path.name in TOKENIZER_NAMES
+        if of_tokenizer and path.stat().st_size < LARGEST_TOKENIZER:
             return self._try(path, lambda: self._tokenizer(path))
         if path.suffix == ".pt":
             return self._try(path, lambda: self._run(path))
@@ -194,6 +196,9 @@ def probe_run(
         recogniser = load_recogniser(path)
     except XdedError as error:
         examination.cannot(what, str(error))
+        return
+    if not (recogniser.student.has_ctc and recogniser.student.has_decoder):
+        examination.cannot(what, "they need a CTC head and a decoder.")
         return
     wanted = run.config.corpus
     corpus = next((c for c in given.corpora if wanted and Path(wanted).resolve() in (c.path, c.path.parent)), None)

@@ -19,7 +19,7 @@ from xded.doctor.given import Given
 from xded.doctor.run_folder import RunFolder
 from xded.errors import XdedError
 from xded.findings import Examination
-from xded.models.recogniser import provenance_of
+from xded.models.recogniser import provenance_of, tokenizer_of
 from xded.scoring import read_predictions
 from xded.teachers.adapt import Teachers
 from xded.tokenizer import Tokenizer
@@ -47,9 +47,8 @@ def read(examination: Examination, given: Given, folder: RunFolder) -> Run:
         payload = given.facts(path)
         run.sources = list(provenance_of(payload))
         run.config = run.config or configs.build(payload["config"], f"the config in {path}")
-        pieces = payload["tokenizer_model"]
-        if isinstance(pieces, Tensor):
-            run.tokenizer = Tokenizer.from_bytes(pieces.numpy().tobytes(), run.config.tokenizer.normaliser)
+        if isinstance(payload["tokenizer_model"], Tensor):
+            run.tokenizer = tokenizer_of(payload, run.config.tokenizer.normaliser)
     except XdedError as error:
         examination.cannot(f"what {path} has heard", str(error))
     except (KeyError, TypeError) as error:

@@ -19,7 +19,7 @@ from xded.corpus.manifest import Corpus, Recording
 from xded.decoding import decode_encoded
 from xded.doctor.runs import batches_per_epoch
 from xded.errors import ConfigError, CorpusError
-from xded.features import hertz_to_mel, mel_to_hertz
+from xded.features import LogMel, hertz_to_mel, mel_to_hertz
 from xded.models.attention import cross_attention
 from xded.models.recogniser import Recogniser
 from xded.models.student import decoder_input
@@ -95,6 +95,7 @@ class CtcPosterior:
         probabilities: [T', V].
         frame_s: seconds from one frame to the next.
         spikes: pieces of the most probable path.
+        blank: probability of the blank, [T'].
     """
 
     who: str
@@ -103,11 +104,7 @@ class CtcPosterior:
     probabilities: np.ndarray
     frame_s: float
     spikes: tuple[Spike, ...]
-
-    @property
-    def blank(self) -> np.ndarray:
-        """Probability of the blank: [T']."""
-        return self.probabilities[:, Tokenizer.blank]
+    blank: np.ndarray
 
     def numbers(self) -> dict[str, Any]:
         """What it reads, where its spikes are, and how much of the time it says blank."""
@@ -229,8 +226,14 @@ def inspect_recording(recogniser: Recogniser, recording: Recording, teaching: Te
 
     Raises:
         CorpusError: the audio cannot be read. TokenizerError: a text that the tokenizer cannot write.
+        ConfigError: a recogniser without one of the two heads, or that does not hear log-mel features.
     """
     student, tokenizer, config = recogniser.student, recogniser.tokenizer, recogniser.config
+    if not (isinstance(student.front_end, LogMel) and student.has_ctc and student.has_decoder):
+        raise ConfigError(
+            f"{recogniser.path} cannot be drawn: pictures need a log-mel front end, a CTC head and a decoder.",
+            "Give a run of a Conformer student with a decoder.",
+        )
     tokenizer.self_test([recording.text])
     features = compute_features(recording.audio_filepath, student.front_end)
     heard = torch.from_numpy(features)[None].to(next(student.parameters()).device)
@@ -294,7 +297,8 @@ def _posterior(
             certain = float(probabilities[frame, token])
             spikes.append(Spike(frame, token, tokenizer.pieces[token], frame * frame_s, certain))
     text = tokenizer.decode(spike.token for spike in spikes)
-    return CtcPosterior(who, text, temperature, probabilities, frame_s, tuple(spikes))
+    blank = probabilities[:, tokenizer.blank]
+    return CtcPosterior(who, text, temperature, probabilities, frame_s, tuple(spikes), blank)
 
 
 def _taught(recogniser: Recogniser, recording: Recording, teaching: Teaching) -> tuple[list[CtcPosterior], list[str]]:
@@ -456,6 +460,6 @@ def _planned(rows: Sequence[Mapping[str, Any]], config: Config | None) -> Planne
     sizes = batches_per_epoch(rows, config.train.accumulate) if config else []
     if config is None or not sizes:
         return None
-    schedule = Schedule.of(config.train, config.train.stages_run, sizes[-1])
+    schedule = Schedule.of(config.train, config.stages_run, sizes[-1])
     updates = np.arange(1, schedule.updates + 1)
     return Planned(updates, np.array([schedule.learning_rate(int(update) - 1) for update in updates]))

@@ -21,6 +21,7 @@ from xded.corpus.manifest import Corpus, Recording
 from xded.errors import XdedError, few
 from xded.findings import Examination, Finding
 from xded.models.checkpoints import sha256_of
+from xded.models.recogniser import tokenizer_of
 from xded.scoring import Prediction, is_right, read_predictions
 from xded.targets.store import Index, Kind, Posterior, Store
 from xded.teachers.adapt import Teachers, parts_of
@@ -194,8 +195,7 @@ class _Examiner:
                     self.examination.cannot(str(path), str(error))
         for payload in self.payloads.values():
             if isinstance(payload.get("tokenizer_model"), torch.Tensor):
-                model = payload["tokenizer_model"].numpy().tobytes()
-                candidates.append(Tokenizer.from_bytes(model, NORMALISERS[0]))
+                candidates.append(tokenizer_of(payload, NORMALISERS[0]))
         found = indexes.find_tokenizer(wanted, candidates)
         if found is None:
             self.examination.cannot(
@@ -292,6 +292,7 @@ class _Examiner:
         every: dict[str, Said] = {f"posteriors/{t}/{kind}": rows for t, rows in said.items()}
         if target:
             every[kind] = aggregate
+        blank = self._blank(p for rows in every.values() for p in rows.values()) if kind == "ctc" else None
         of = f"{kind}: {len(shared)} of {len(first.index.recordings)} recordings, {len(said)} teachers"
         found = numbers.normalisation(every, first.index.vocabulary, self.subject)
         self._run("normalisation", lambda subject: found, detail=of)
@@ -301,14 +302,17 @@ class _Examiner:
         if said and together and len(said) > 1:
             some = {t: {n: rows[n] for n in _spread(rows, COMPARED)} for t, rows in said.items()}
             self._run("copied-teacher", numbers.copied_posteriors, some, detail=of)
-        if kind == "ctc":
+        if kind == "ctc" and blank is not None:
             declared = {teacher: teachers[teacher].index.temperature for teacher in said}
-            self._run("temperature", numbers.sharpness, said, declared, first.index.vocabulary, detail=of)
+            self._run("temperature", numbers.sharpness, said, declared, first.index.vocabulary, blank, detail=of)
         self._run("target-text", lambda subject: self._what_it_says(kind, aggregate, said), detail=of)
-        if kind == "ctc":
-            self._ctc(aggregate, said, of)
-        else:
+        if kind == "decoder":
             self._forced(aggregate, said)
+        elif blank is not None:
+            self._ctc(aggregate, said, blank, of)
+
+    def _blank(self, posteriors: Iterable[Posterior]) -> int | None:
+        return spelling.blank_of(posteriors) if self.tokenizer is None else self.tokenizer.blank
 
     def _what_it_says(self, kind: Kind, aggregate: Said, said: Mapping[str, Said]) -> list[Finding]:
         """Text against text, the mean computed again, probabilities that were noted: the first that is certain."""
@@ -338,21 +342,21 @@ class _Examiner:
 
     def _not_as_noted(self, kind: Kind, said: Mapping[str, Said]) -> list[Finding]:
         """Posteriors against the probability of the true text that was noted with them."""
-        if not self.tokens or not said or "temperature" in self.said:
+        if self.tokenizer is None or not self.tokens or not said or "temperature" in self.said:
             return []
         teachers = self.one.posteriors[kind]
         noted = {t: {name: teachers[t].entry(name).true_log_prob for name in rows} for t, rows in said.items()}
         index = teachers[next(iter(said))].index
-        return numbers.rows_of_others(said, noted, self.tokens, index, self.subject)
+        return numbers.rows_of_others(said, noted, self.tokens, index, self.tokenizer, self.subject)
 
-    def _ctc(self, aggregate: Said, said: Mapping[str, Said], of: str) -> None:
+    def _ctc(self, aggregate: Said, said: Mapping[str, Said], blank: int, of: str) -> None:
         """Spikes, and what every teacher recognises."""
         stores = self.one.posteriors.get("ctc", {})
-        spelled = {t: {name: spelling.spikes_of(p) for name, p in rows.items()} for t, rows in said.items()}
+        spelled = {t: {name: spelling.spikes_of(p, blank) for name, p in rows.items()} for t, rows in said.items()}
         rate_hz = next((stores[t].index.frame_rate_hz for t in said), None)
         if len(said) > 1 and rate_hz:
             self._run("spike-misalignment", spelling.spike_misalignment, spelled, rate_hz, detail=of)
-            average = {name: spelling.spikes_of(p) for name, p in aggregate.items()}
+            average = {name: spelling.spikes_of(p, blank) for name, p in aggregate.items()}
             if average:
                 self._run("blank-average", spelling.blank_average, spelled, average, detail=of)
         if self.tokenizer is None or not self.texts:

@@ -146,7 +146,7 @@ def rig_of(bench: Bench) -> Rig:
     student = recogniser.student
     data = bench.serve(recordings)
     data.ctc_targets, data.decoder_targets = Store(folder / "ctc"), Store(folder / "decoder")
-    data.frame_rate_hz, data.reduce = student.frame_rate_hz, student.encoder.subsampling.reduce
+    data.frame_rate_hz, data.reduce = student.frame_rate_hz, student.encoder.reduce
     rows = [data[(0, i)] for i in range(len(data))]
     return Rig(rows, settings, collate(rows, recogniser.tokenizer.eos))
 
@@ -156,7 +156,7 @@ def self_distillation(bench: Bench) -> list[Finding]:
     rig, student = rig_of(bench), copy.deepcopy(bench.recogniser.student).eval()
     tokenizer = bench.recogniser.tokenizer
     same = _kd(student, rig, bench)
-    piece = next(i for i in range(tokenizer.size) if i not in (tokenizer.unk, tokenizer.bos, tokenizer.eos))
+    piece = next(i for i in range(tokenizer.size) if i not in (*tokenizer.unwritten, tokenizer.eos))
     for head in (student.ctc_head, student.decoder_head):
         torch.nn.init.zeros_(head.weight)
         torch.nn.init.zeros_(head.bias)
@@ -428,7 +428,7 @@ def gain_nats(bench: Bench, head: str) -> float:
     assert batch.features is not None
     encoded, lengths = student.encode(batch.features, batch.feature_lengths)
     tokens = [tokenizer.encode(word) for word in words]
-    scores = word_list_scores(student, encoded, lengths, tokens, float(head == "ctc"), tokenizer.blank).numpy()
+    scores = word_list_scores(student, encoded, lengths, tokens, float(head == "ctc"), tokenizer).numpy()
     gains = []
     for row, text in enumerate(texts):
         column = scores[:, words.index(text)]

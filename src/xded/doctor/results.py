@@ -13,6 +13,7 @@ from xded.doctor.given import Given
 from xded.errors import XdedError
 from xded.evaluations import Evaluation, take_of, with_takes
 from xded.findings import Examination, Finding, Severity
+from xded.models.recogniser import tokenizer_of
 from xded.tokenizer import Tokenizer
 
 LEARNED = 0.2  # best WRA on validation, of 1: below it, a run's poor outputs are what its own records say of it
@@ -94,7 +95,7 @@ def _of_run(examination: Examination, evaluation: Evaluation, given: Given) -> d
     try:
         payload = given.facts(path)
         normaliser = payload["config"]["tokenizer"]["normaliser"]
-        return {str(path): Tokenizer(payload["tokenizer_model"].numpy().tobytes(), normaliser, str(path))}
+        return {str(path): tokenizer_of(payload, normaliser)}
     except (XdedError, KeyError, TypeError, AttributeError) as error:
         examination.cannot(f"the ids in {evaluation.path}", f"the tokenizer in {path} cannot be read ({error}).")
         return {}

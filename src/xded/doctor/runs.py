@@ -21,6 +21,7 @@ from xded.findings import Examination, Finding
 from xded.models.checkpoints import load, sidecar
 from xded.models.recogniser import resolve
 from xded.models.student import Student
+from xded.training.difficulty import DIFFICULTY
 from xded.training.monitor import unused_parts
 from xded.training.schedule import Schedule
 
@@ -95,6 +96,8 @@ class _Run:
         if self.run.rows:
             self._rows()
         self._status(newest)
+        if (self.run.path / DIFFICULTY).is_file():  # its scores are of the training recordings alone: all have one
+            examine_difficulty(self.examination, self.run.path / DIFFICULTY, ())
         if newest is not None:
             self._against_start(newest)
         else:
@@ -259,7 +262,7 @@ class _Run:
 
     def _rates(self, config: Config) -> None:
         rows, subject = self.run.rows, self.subject
-        stages = config.train.stages_run
+        stages = config.stages_run
         steps = training.events(rows, "step", "update", "lr", "updates", "epochs")
         sizes = batches_per_epoch(rows, config.train.accumulate)
         if not steps or not stages or not sizes:
@@ -314,7 +317,7 @@ class _Run:
         if self.config is None:
             return []
         train = self.config.train
-        stages = train.stages_run or train.stages
+        stages = self.config.stages_run or train.stages
         thawed = next((stage for stage in stages if not stage.freeze_encoder), stages[-1])
         return [f"{name}." for name in train.frozen_parts(thawed)]
 

@@ -12,14 +12,12 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
-from lightning.fabric.plugins import CheckpointIO
 
 from xded.errors import GO_ON, CheckpointError, TrainingError
 
-PREFIX = "student."  # of the recogniser inside Lightning's state dict
 FREE_SPACE = f"The last good checkpoint is untouched. Free some space, then: {GO_ON}"
 
 
@@ -115,6 +113,19 @@ def load(path: Path) -> dict[str, Any]:
     return payload
 
 
+def load_tensors(file: IO[bytes] | Path, *, mapped: bool = False) -> Any:
+    """What `torch.save` wrote elsewhere: tensors and plain containers, nothing that runs code.
+
+    Args:
+        file: open file, or a path.
+        mapped: leave the numbers on disk until they are used; needs a path.
+
+    Raises:
+        Exception: of many types, for a damaged or foreign file; the caller says which file it is.
+    """
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+
+
 def load_latest(folder: Path) -> tuple[dict[str, Any], str | None]:
     """`latest.pt` of a run, or its predecessor when it is damaged.
 
@@ -128,24 +139,3 @@ def load_latest(folder: Path) -> tuple[dict[str, Any], str | None]:
         if not previous(latest).is_file():
             raise
         return load(previous(latest)), f"{error.problem} Going on from {previous(latest).name}."
-
-
-class AtomicCheckpointIO(CheckpointIO):
-    """Lightning's saving and loading through `save` and `load`, with this project's key names."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Writes what `trainer.save_checkpoint` collected; the run's own keys were added by the module."""
-        state = {key.removeprefix(PREFIX): value for key, value in checkpoint["state_dict"].items()}
-        # position and learning rate are pure functions of `batch`; Lightning's own counts start anew at a resume
-        left_out = {"state_dict", "loops", "callbacks", "lr_schedulers", "global_step"}
-        kept = {key: value for key, value in checkpoint.items() if key not in left_out}
-        save({**kept, "model_state_dict": state}, Path(path), keep_previous=Path(path).name == "latest.pt")
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads a checkpoint."""
-        return load(Path(path))
-
-    def remove_checkpoint(self, path: Any) -> None:
-        """Deletes a checkpoint and its hash."""
-        Path(path).unlink(missing_ok=True)
-        sidecar(Path(path)).unlink(missing_ok=True)

@@ -186,7 +186,15 @@ class Convolution(nn.Module):
     def forward(self, values: Tensor, mask: Tensor) -> Tensor:
         """[B, T, D] and mask [B, T] -> [B, T, D]."""
         gated = F.glu(self.pointwise1(values), dim=2) * mask[:, :, None]
-        local = self.depthwise(gated.transpose(1, 2)).transpose(1, 2)
+        # as a convolution in two dimensions: [B, T, D] is then its channels-last layout, and no copy is made
+        kernel = self.depthwise
+        local = F.conv2d(
+            gated.transpose(1, 2)[:, :, None],
+            kernel.weight[:, :, None],
+            kernel.bias,
+            padding=(0, int(kernel.padding[0])),
+            groups=kernel.groups,
+        )[:, :, 0].transpose(1, 2)
         return self.pointwise2(F.silu(self.norm(local, mask)))
 
 
@@ -225,6 +233,11 @@ class Conformer(nn.Module):
         self.subsampling = Subsampling(mels, config.subsampling_channels, config.width)
         self.dropout = RecordingDropout(config.dropout)
         self.layers = nn.ModuleList(ConformerLayer(config) for _ in range(config.encoder_layers))
+
+    @staticmethod
+    def reduce(lengths: Tensor) -> Tensor:
+        """Encoded frames of `lengths` feature frames."""
+        return Subsampling.reduce(lengths)
 
     def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Encodes a batch.

@@ -1,4 +1,4 @@
-"""The recogniser of this project: Conformer encoder, CTC head and attention decoder over one vocabulary.
+"""The recogniser of this project: an encoder, a CTC head and an attention decoder over one vocabulary.
 
 Parent, teachers, students and baselines are all of this class.
 """
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from xded.config import FeatureConfig, ModelConfig
 from xded.features import LogMel, valid_mask
 from xded.models.conformer import Conformer
+from xded.models.hugging_face import HuggingFaceEncoder, HuggingFaceFrontEnd
 
 MOST_TOKENS = 512  # longest prefix that the decoder's positions are made for
 
@@ -32,21 +33,41 @@ def decoder_input(tokens: Tensor, bos: int) -> Tensor:
 class Student(nn.Module):
     """Encoder + CTC head + attention decoder.
 
+    The encoder is our Conformer, or that of a Hugging Face folder with its own front end.
+
     Args:
-        config: sizes.
+        config: sizes; `decoder_layers: 0` leaves the decoder out.
         vocabulary: V, number of pieces of the tokenizer; both heads have V outputs.
-        features: the front end, which is part of the model (its settings travel with the weights).
+        features: the front end of the Conformer, which is part of the model (its settings travel with the weights).
     """
 
     positions: Tensor
+    has_ctc = True
 
     def __init__(self, config: ModelConfig, vocabulary: int, features: FeatureConfig | None = None) -> None:
         super().__init__()
         features = features or FeatureConfig()
         self.config, self.vocabulary = config, vocabulary
-        self.front_end = LogMel(features)
-        self.encoder = Conformer(config, features.mels)
-        self.ctc_head = nn.Linear(config.width, vocabulary)
+        self.front_end: LogMel | HuggingFaceFrontEnd
+        self.encoder: Conformer | HuggingFaceEncoder
+        if config.hugging_face is None:
+            self.front_end, self.encoder = LogMel(features), Conformer(config, features.mels)
+        else:
+            self.front_end = HuggingFaceFrontEnd(config.hugging_face.front_end)
+            self.encoder = HuggingFaceEncoder(config.hugging_face.encoder)
+        self.ctc_head = nn.Linear(self.encoder.width, vocabulary)
+        if self.has_decoder:
+            self._make_decoder(config, vocabulary)
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether there is an attention decoder beside the CTC head."""
+        return self.config.decoder_layers > 0
+
+    def _make_decoder(self, config: ModelConfig, vocabulary: int) -> None:
+        # what the decoder attends to has its own width
+        alike = self.encoder.width == config.width
+        self.bridge = nn.Identity() if alike else nn.Linear(self.encoder.width, config.width)
         self.embedding = nn.Embedding(vocabulary, config.width)
         self.register_buffer("positions", sinusoids(MOST_TOKENS, config.width), persistent=False)
         layer = nn.TransformerDecoderLayer(
@@ -62,12 +83,14 @@ class Student(nn.Module):
 
     @property
     def frame_rate_hz(self) -> float:
-        """Encoded frames a second."""
-        return 1.0 / (4.0 * self.front_end.config.hop_s)
+        """Encoded frames a second, of a recording that is long."""
+        seconds = torch.tensor([100, 200])  # the frames at the ends are in both
+        fewer, more = self.encoded_frames(seconds * self.front_end.sample_rate).tolist()
+        return (more - fewer) / 100.0
 
     def encoded_frames(self, samples: Tensor) -> Tensor:
         """Encoded frames of recordings of `samples` [B] samples."""
-        return self.encoder.subsampling.reduce(self.front_end.frames(samples))
+        return self.encoder.reduce(self.front_end.frames(samples))
 
     def encode(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Features [B, T, mels] and valid frames [B] -> encoded [B, T', D] and valid encoded frames [B]."""
@@ -92,7 +115,9 @@ class Student(nn.Module):
         hidden = self.embedding(tokens) * math.sqrt(self.config.width) + self.positions[:steps]
         future = torch.ones(steps, steps, dtype=torch.bool, device=tokens.device).triu(1)
         padding = ~valid_mask(encoded_lengths, encoded.shape[1])
-        hidden = self.decoder(self.decoder_dropout(hidden), encoded, tgt_mask=future, memory_key_padding_mask=padding)
+        hidden = self.decoder(
+            self.decoder_dropout(hidden), self.bridge(encoded), tgt_mask=future, memory_key_padding_mask=padding
+        )
         return self.decoder_head(hidden)
 
     def parameter_counts(self) -> dict[str, int]:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence, Set
-from pathlib import Path
 from statistics import fmean
 
 import torch
 
 from xded import decoding
-from xded.audio import read_audio
 from xded.checks.outputs import loops
 from xded.config import Config, DecodeConfig
 from xded.corpus.manifest import Corpus, Recording
@@ -107,19 +105,6 @@ def summarise(predictions: Sequence[Prediction], tokenizer: Tokenizer) -> dict[s
     }
 
 
-def hear(
-    recogniser: Recogniser, path: Path, config: DecodeConfig, word_list: Sequence[str] | None = None
-) -> decoding.Hypothesis:
-    """Recognises one audio file."""
-    waveform = read_audio(path, recogniser.config.features.sample_rate)
-    device = next(recogniser.student.parameters()).device
-    with torch.inference_mode():
-        samples = torch.tensor([len(waveform)], device=device)
-        features, lengths = recogniser.student.front_end(torch.from_numpy(waveform)[None].to(device), samples)
-        features = features[:, : int(lengths[0])]
-        return decoding.decode(recogniser.student, features, lengths, config, recogniser.tokenizer, word_list)[0]
-
-
 def conditions_of(
     recogniser: Recogniser, corpus: Corpus, test: Sequence[Recording], config: DecodeConfig
 ) -> dict[str, str]:
@@ -127,8 +112,11 @@ def conditions_of(
     speakers = {speaker for p in recogniser.provenance for speaker in p.speakers}
     takes = {take for p in recogniser.provenance for take in p.takes}
     words = {recording.text for recording in corpus.recordings if recording.take in takes}
+    seen = share_seen({r.speaker for r in test}, speakers)
+    unknown = ", ".join(p.what for p in recogniser.provenance if not p.known)
     return {
-        "speakers": share_seen({r.speaker for r in test}, speakers),
+        **({"not on record": f"whom it has heard: {unknown}"} if unknown else {}),
+        "speakers": "unknown" if unknown and seen == "unseen" else seen,
         "words": share_seen({r.text for r in test}, words) if words else "unknown",
         **decoded_how(config),
     }

@@ -31,6 +31,7 @@ from xded.models import collective
 from xded.models.conformer import MaskedBatchNorm
 from xded.models.student import Student, decoder_input
 from xded.tokenizer import Tokenizer
+from xded.training.curriculum import require_same_order
 from xded.training.data import Batch, TrainingData, batch_of
 from xded.training.monitor import FrozenParts, gradient_norms, unused_parts
 from xded.training.schedule import Schedule
@@ -181,6 +182,8 @@ class Loop(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Puts the optimiser (and the loss scaler of 16-mixed) back where the checkpoint left them."""
+        if self.data.curriculum is not None:
+            require_same_order(self.data.curriculum.order)
         self.set_stage(self.schedule.stage_of_epoch(self.schedule.epoch_of_batch(self.first_batch)))
         if self.restored is not None:
             self.trainer.strategy.load_optimizer_state_dict(self.restored)
@@ -210,7 +213,7 @@ class Loop(L.LightningModule):
             self.watch("frozen", {"update": update, "stage": self.watched_stage + 1, "of": of, "moved": moved})
         self.watched_stage = stage
         parts = self.run_config.train.frozen_parts(self.schedule.stages[stage]) if stage >= 0 else ()
-        self.frozen = FrozenParts(self.student, [f"{name}." for name in parts]) if parts else None
+        self.frozen = FrozenParts(self.student, parts) if parts else None
 
     # --- one batch ---------------------------------------------------------------------------------------
 
@@ -261,7 +264,8 @@ class Loop(L.LightningModule):
         """Part of a batch's recordings that this process has."""
         if collective.count() == 1:
             return 1.0
-        _, whole = batch_of(self.lengths, self.run_config.train.batch_size, self.run_config.seed, number)
+        size, seed = self.run_config.train.batch_size, self.run_config.seed
+        _, whole = batch_of(self.lengths, size, seed, number, self.data.curriculum)
         return len(whole[collective.rank() :: collective.count()]) / len(whole)
 
     def _of_all(self, values: Mapping[str, Tensor], share: float) -> dict[str, float]:

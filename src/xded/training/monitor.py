@@ -60,8 +60,13 @@ def gradient_norms(student: Student, blank: int) -> dict[str, Any]:
 class FrozenParts:
     """A copy of what must not move, compared with the student when its stage ends."""
 
-    def __init__(self, student: Student, prefixes: Sequence[str]) -> None:
-        self.copies = {name: value.clone() for name, value in _under(student, prefixes)}
+    def __init__(self, student: Student, parts: Iterable[str]) -> None:
+        # by identity: a part's name need not begin the names of its tensors
+        kept = {
+            id(value) for part in parts for value in student.get_submodule(part).state_dict(keep_vars=True).values()
+        }
+        everything = student.state_dict(keep_vars=True)
+        self.copies = {name: value.detach().clone() for name, value in everything.items() if id(value) in kept}
 
     def moved(self, student: Student) -> list[str]:
         """Names of the parameters and buffers that changed."""
@@ -69,15 +74,12 @@ class FrozenParts:
         return [name for name, before in self.copies.items() if not torch.equal(before, now[name])]
 
 
-def _under(student: Student, prefixes: Sequence[str]) -> Iterable[tuple[str, Tensor]]:
-    return ((name, value) for name, value in student.state_dict().items() if name.startswith(tuple(prefixes)))
-
-
-def loaded(student: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """How many of the student's tensors are those of the checkpoint it starts from."""
+def loaded(student: nn.Module, weights: Mapping[str, Tensor], of: Iterable[str] | None = None) -> dict[str, Any]:
+    """How many of the student's tensors (default: all; else those named) are those that it starts from."""
     own = student.state_dict()
-    differing = [name for name in own if name not in weights or not torch.equal(own[name], weights[name])]
-    return {"tensors": len(own) - len(differing), "of": len(own), "differing": differing}
+    meant = list(own if of is None else of)
+    differing = [name for name in meant if name not in weights or not torch.equal(own[name], weights[name])]
+    return {"tensors": len(meant) - len(differing), "of": len(meant), "differing": differing}
 
 
 class DataCard:

@@ -15,8 +15,10 @@ from xded.corpus.manifest import Recording
 from xded.errors import CheckpointError, ConfigError, CorpusError, XdedError
 from xded.findings import CHECKS, Examination, Finding
 from xded.models.checkpoints import load
-from xded.models.recogniser import load_weights, provenance_of, resolve
+from xded.models.pretrained import begin_with, open_pretrained
+from xded.models.recogniser import provenance_of, resolve
 from xded.models.student import Student
+from xded.models.weights import load_weights
 from xded.objectives import ctc_frames_needed
 from xded.targets.store import Kind, Store, TargetError, audio_hash
 from xded.tokenizer import Tokenizer
@@ -97,7 +99,7 @@ def preflight(job: Job, student: Student, gate: Gate) -> tuple[dict[Kind, Store]
     )  # fmt: skip
     stores = open_targets(job, gate)
     inherited: tuple[Provenance, ...] = ()
-    if job.config.train.init is not None:
+    if job.config.train.init is not None or job.config.model.pretrained is not None:
         inherited = gate.must("partial-load", job.name, lambda: initialise(job, student)) or ()
     if job.config.objective.ctc:
         gate.must("unspellable", job.name, lambda: check_spelling(job, student), f"{len(everything)} recordings")
@@ -152,12 +154,22 @@ def look_at_settings(job: Job, stores: Mapping[Kind, Store], gate: Gate) -> None
 
 def fits_normaliser(config: Config) -> bool:
     """Whether the run measures a global mean and deviation: not when it starts from weights that know another."""
-    return config.features.normalisation == "global" and config.train.init is None
+    own_front_end = config.model.hugging_face is None
+    return own_front_end and config.features.normalisation == "global" and config.train.init is None
 
 
 def initialise(job: Job, student: Student) -> tuple[Provenance, ...]:
-    """Loads the weights that the run starts from; returns what they have heard."""
-    assert job.config.train.init is not None
+    """Loads the weights that the run starts from: a checkpoint's, or a pretrained encoder's.
+
+    Returns:
+        What they have heard.
+    """
+    if job.config.train.init is None:
+        assert job.config.model.pretrained is not None
+        found = open_pretrained(job.config.model.pretrained)
+        weights = begin_with(student, found, job.tokenizer)
+        job.facts["loaded"] = loaded(student, weights, of=weights)
+        return (found.provenance,)
     path = resolve(job.config.train.init)
     payload = load(path)
     if payload.get("tokenizer_fingerprint") != job.tokenizer.fingerprint:

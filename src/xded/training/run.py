@@ -28,13 +28,16 @@ from xded.config import Config, StageConfig
 from xded.corpus.folds import Provenance
 from xded.corpus.manifest import read_corpus
 from xded.errors import GO_ON, ConfigError, TrainingError
+from xded.features import LogMel
 from xded.findings import Finding
-from xded.models.checkpoints import FREE_SPACE, AtomicCheckpointIO, disk_is_full, load_latest
+from xded.models.checkpoints import FREE_SPACE, disk_is_full, load_latest
 from xded.models.collective import leave
 from xded.models.recogniser import describe, provenance_of
 from xded.models.student import Student
 from xded.targets.store import Kind, Store
+from xded.training.checkpointing import AtomicCheckpointIO
 from xded.training.data import RunSampler, TrainingData, collate
+from xded.training.difficulty import begin_curriculum
 from xded.training.evaluation import batches, validate
 from xded.training.job import Job
 from xded.training.launching import launch
@@ -47,7 +50,7 @@ from xded.training.schedule import Schedule
 from xded.training.status import NoLog, RunLog, close_for, read_status, write_atomically
 
 FINDINGS = "findings.json"
-PATHS = {"corpus", "targets", "train.init", "tokenizer.path"}
+PATHS = {"corpus", "targets", "train.init", "tokenizer.path", "model.pretrained"}
 # a run may go on somewhere else
 NOT_COMPARED = {"train.device", "train.devices", "train.nodes", "train.threads", "train.loggers"}
 
@@ -101,6 +104,7 @@ def fit(job: Job, *, resume: bool = False, quiet: bool = False, place: Place | N
         )
     if fits_normaliser(job.config):
         rate = job.config.features.sample_rate
+        assert isinstance(student.front_end, LogMel)
         student.front_end.fit(read_audio(recording.audio_filepath, rate) for recording in job.train)
     if place.first:
         out.mkdir(parents=True, exist_ok=True)
@@ -215,7 +219,7 @@ def encode_once(student: Student, data: TrainingData, batch_size: int) -> list[t
     student.eval()
     encoded: list[torch.Tensor] = [torch.empty(0)] * len(data)
     with torch.no_grad():
-        for places, batch in batches(data, batch_size):
+        for places, batch in batches(data.plain(), batch_size):
             assert batch.features is not None
             outputs, lengths = student.encode(batch.features, batch.feature_lengths)
             for row, place in enumerate(places):
@@ -236,7 +240,7 @@ def run(
 ) -> Path:
     """The part of `fit` after all checks."""
     config = job.config
-    stages = config.train.stages_run
+    stages = config.stages_run
     if not stages:
         raise ConfigError(
             "Every stage freezes the encoder, but the run starts from scratch.",
@@ -246,11 +250,12 @@ def run(
         job.train, student.front_end, job.tokenizer,
         augmentation=config.augment, seed=config.seed,
         ctc_targets=stores.get("ctc"), decoder_targets=stores.get("decoder"),
-        frame_rate_hz=student.frame_rate_hz, reduce=student.encoder.subsampling.reduce,
+        frame_rate_hz=student.frame_rate_hz, reduce=student.encoder.reduce,
     )  # fmt: skip
     held_back = TrainingData(job.validation, student.front_end, job.tokenizer)
     corpus = read_corpus(config.corpus).recordings if place.first and config.corpus and config.corpus.exists() else ()
     schedule = Schedule.of(config.train, stages, -(-len(data) // config.train.batch_size))
+    difficulty = begin_curriculum(job, student, data, schedule.epochs, checkpoint, device, writes=place.first)
     facts = facts_of(job, student, stages, provenance)
     log = open_log(job, facts, student, checkpoint, quiet) if place.first else NoLog()
     if warning:
@@ -269,7 +274,7 @@ def run(
     loop = Loop(
         student, config, schedule, job.tokenizer, data, job.out,
         validate=partial(validate, data=held_back, config=config), watch=watch,
-        extra=describe(job.tokenizer, config, job.name, provenance),
+        extra={**describe(job.tokenizer, config, job.name, provenance), **difficulty},
     )  # fmt: skip
     if checkpoint is not None:
         loop.restore(checkpoint)
@@ -300,7 +305,7 @@ def train_to_end(loop: Loop, device: torch.device, log: RunLog | NoLog, place: P
     data, config = loop.data, loop.run_config
     sampler = RunSampler(
         data.lengths, config.train.batch_size, config.seed, loop.schedule.epochs, loop.first_batch,
-        rank=place.rank, count=place.count,
+        rank=place.rank, count=place.count, curriculum=data.curriculum,
     )  # fmt: skip
     loader = DataLoader(data, batch_sampler=sampler, collate_fn=partial(collate, eos=loop.tokenizer.eos))
     # Ctrl-C comes to spawned processes as a SIGTERM
