@@ -62,7 +62,7 @@ def test_healthy_targets_have_no_finding(seed: int) -> None:
         *indexes.tokenizers(every, {"run": TOKENIZER.fingerprint}, {"a file": TOKENIZER}, WHERE),
         *spelling.spike_misalignment(spelled(made), RATE_HZ, WHERE),
         *spelling.blank_average(spelled(made), averages(made), WHERE),
-        *numbers.sharpness(made.said["ctc"], dict.fromkeys(TEACHERS, 2.0), TOKENIZER.size, WHERE),
+        *numbers.sharpness(made.said["ctc"], dict.fromkeys(TEACHERS, 2.0), TOKENIZER.size, TOKENIZER.blank, WHERE),
     ]
     for kind in KINDS:
         index, said, average = made.index(kind), made.said[kind], made.averages[kind]
@@ -75,7 +75,7 @@ def test_healthy_targets_have_no_finding(seed: int) -> None:
             *numbers.normalisation({**said, "mean": average}, TOKENIZER.size, WHERE),
             *numbers.copied_posteriors(said, WHERE),
             *numbers.aggregate_of_others(average, said, index, WHERE),
-            *numbers.rows_of_others(said, made.noted[kind], made.tokens, made.index(kind, "T1"), WHERE),
+            *numbers.rows_of_others(said, made.noted[kind], made.tokens, made.index(kind, "T1"), TOKENIZER, WHERE),
             *spelling.target_text(average, kind, TOKENIZER, made.texts, WHERE),
         ]
     assert found == []
@@ -251,7 +251,8 @@ def test_posteriors_of_two_temperatures(made: Made) -> None:
 @pytest.mark.parametrize("declared", [1.0, 4.0])
 def test_a_temperature_that_the_numbers_do_not_have(made: Made, declared: float) -> None:
     said = dict.fromkeys(TEACHERS, declared)
-    found = only(numbers.sharpness(made.said["ctc"], said, TOKENIZER.size, WHERE), "temperature", "refuse")
+    findings = numbers.sharpness(made.said["ctc"], said, TOKENIZER.size, TOKENIZER.blank, WHERE)
+    found = only(findings, "temperature", "refuse")
     assert found.evidence["found"] == dict.fromkeys(TEACHERS, 2.0)
     assert f"say T = {declared:g} but are as sharp as T = 2" in found.what
 
@@ -265,7 +266,7 @@ def test_few_entries_of_a_flat_posterior_keep_their_temperature() -> None:
     ids = np.argsort(-p, axis=1)[:, :8]
     kept = np.take_along_axis(p, ids, axis=1).astype(np.float32)
     said = {"T1": {"r": Posterior(ids, kept, 1 - kept.sum(1), blank)}}
-    assert numbers.sharpness(said, {"T1": 2.0}, 40, WHERE) == []
+    assert numbers.sharpness(said, {"T1": 2.0}, 40, 0, WHERE) == []
 
 
 def test_another_tokenizer_in_a_store_or_a_run(made: Made) -> None:
@@ -287,7 +288,7 @@ def test_a_given_tokenizer_of_the_same_size_with_other_pieces(made: Made) -> Non
 
 
 def test_the_right_tokenizer_read_with_another_normaliser(made: Made) -> None:
-    lower = Tokenizer(TOKENIZER.model_bytes, "lower")
+    lower = TOKENIZER.with_normaliser("lower")
     assert lower.fingerprint != TOKENIZER.fingerprint
     assert indexes.tokenizers(made.indexes(), {}, {"a file": lower}, WHERE) == []
 
@@ -349,7 +350,7 @@ def test_the_mean_of_a_single_teacher_is_that_teachers_posterior(made: Made) -> 
 @pytest.mark.parametrize("kind", KINDS)
 def test_posteriors_under_other_recordings_names(made: Made, kind: Kind) -> None:
     said = {**made.said[kind], "T2": permuted(made.said[kind]["T2"])}
-    found = numbers.rows_of_others(said, made.noted[kind], made.tokens, made.index(kind, "T1"), WHERE)
+    found = numbers.rows_of_others(said, made.noted[kind], made.tokens, made.index(kind, "T1"), TOKENIZER, WHERE)
     teachers = only(found, "target-text", "refuse").evidence["teachers"]
     assert list(teachers) == ["T2"]
     assert teachers["T2"]["off"] > 0.8 * teachers["T2"]["of"]
@@ -358,7 +359,7 @@ def test_posteriors_under_other_recordings_names(made: Made, kind: Kind) -> None
 def test_teachers_that_know_no_text_prove_nothing(made: Made) -> None:
     said = {"T2": permuted(made.said["ctc"]["T2"])}
     noted = {"T2": dict.fromkeys(made.texts, -3.0)}
-    assert numbers.rows_of_others(said, noted, made.tokens, made.index("ctc", "T2"), WHERE) == []
+    assert numbers.rows_of_others(said, noted, made.tokens, made.index("ctc", "T2"), TOKENIZER, WHERE) == []
 
 
 # --- told the true text ---------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -22,9 +23,11 @@ from made_targets import (
     shifted,
     spelled,
 )
+from xded.checks import posteriors
 from xded.checks import teachers as spelling
 from xded.findings import Finding
 from xded.targets.store import Kind
+from xded.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -33,6 +36,26 @@ def made() -> Made:
 
 
 # --- what they spell ------------------------------------------------------------------------------------------
+
+
+def test_the_blank_is_that_of_the_tokenizer_and_found_without_it(made: Made) -> None:
+    """A blank behind the last piece, and <unk> elsewhere, as with the tokenizers of NeMo and wav2vec 2.0."""
+    last = Tokenizer(json.dumps(list(TOKENIZER.pieces[3:])).encode(), "upper")
+    moved = np.array([last.blank, last.bos, last.eos, *range(TOKENIZER.size - 3)])  # id of each piece in `last`
+    said = {name: replace(p, ids=moved[p.ids]) for name, p in made.said["ctc"]["T1"].items()}
+    assert spelling.blank_of(said.values()) == last.blank == TOKENIZER.size - 3
+    assert spelling.blank_of(made.said["ctc"]["T1"].values()) == TOKENIZER.blank
+    assert spelling.blank_of([]) is None
+    index = made.index("ctc", "T1").model_copy(update={"vocabulary": last.size})
+    for name, posterior in said.items():
+        before = made.said["ctc"]["T1"][name]
+        assert spelling.text_of(posterior, "ctc", last) == spelling.text_of(before, "ctc", TOKENIZER)
+        tokens = moved[made.tokens[name]].tolist()
+        wanted = posteriors.true_log_prob(before, made.tokens[name], index, TOKENIZER)
+        assert posteriors.true_log_prob(posterior, tokens, index, last) == pytest.approx(wanted)
+    sharpness = posteriors.sharpness({"T1": said}, {"T1": 2.0}, last.size, last.blank, WHERE)
+    assert sharpness == []
+    only(posteriors.sharpness({"T1": said}, {"T1": 1.0}, last.size, last.blank, WHERE), "temperature", "refuse")
 
 
 @pytest.mark.parametrize("by", [-1, 1])

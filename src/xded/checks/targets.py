@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from xded.corpus.manifest import Recording
-from xded.errors import NAMES_SHOWN, TokenizerError, few
+from xded.errors import NAMES_SHOWN, few
 from xded.findings import Finding
 from xded.targets.store import Entry, Index, Kind
 from xded.tokenizer import NORMALISERS, Tokenizer
@@ -301,10 +301,7 @@ def find_tokenizer(fingerprint: str, tokenizers: Collection[Tokenizer]) -> Token
     """The tokenizer with this fingerprint, with the normaliser that gives it; none when there is none."""
     for tokenizer in tokenizers:
         for normaliser in (tokenizer.normaliser, *NORMALISERS):
-            try:
-                candidate = Tokenizer(tokenizer.model_bytes, normaliser, tokenizer.source)
-            except TokenizerError:  # its special ids are elsewhere: it is none of this project's
-                break
+            candidate = tokenizer.with_normaliser(normaliser)
             if candidate.fingerprint == fingerprint:
                 return candidate
     return None

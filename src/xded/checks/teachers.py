@@ -62,8 +62,18 @@ def best_path(posterior: Posterior) -> tuple[np.ndarray, np.ndarray]:
     return posterior.ids[rows, best], posterior.probabilities[rows, best]
 
 
-def spikes_of(posterior: Posterior, shift: int = 0) -> Spikes:
-    """Labels of the most probable CTC path, repeats merged and blanks dropped; `shift` is added to every id."""
+def blank_of(posteriors: Iterable[Posterior]) -> int | None:
+    """The CTC blank of posteriors whose tokenizer is not known; none where no frame is certain.
+
+    An id that is more probable than one half is the most probable one, also after softening and in a mean of teachers.
+    """
+    ids = [best_path(posterior)[0][posterior.least_blank > 0.5] for posterior in posteriors]
+    counts = Counter(np.concatenate(ids).tolist()) if ids else Counter()
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def spikes_of(posterior: Posterior, blank: int, shift: int = 0) -> Spikes:
+    """Labels of the most probable CTC path, repeats merged and blanks dropped; `shift` is added to every id first."""
     ids, probabilities = best_path(posterior)
     if not len(ids):
         return Spikes((), ())
@@ -71,7 +81,7 @@ def spikes_of(posterior: Posterior, shift: int = 0) -> Spikes:
     tokens, frames = [], []
     for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
         token = int(ids[start]) + shift
-        if token != Tokenizer.blank:
+        if token != blank:
             tokens.append(token)
             frames.append(int(start + probabilities[start:end].argmax()))
     return Spikes(tuple(tokens), tuple(frames))
@@ -79,7 +89,10 @@ def spikes_of(posterior: Posterior, shift: int = 0) -> Spikes:
 
 def text_of(posterior: Posterior, kind: Kind, tokenizer: Tokenizer, shift: int = 0) -> str:
     """The most probable text; ids that the tokenizer does not have are left out."""
-    tokens = spikes_of(posterior, shift).tokens if kind == "ctc" else (best_path(posterior)[0] + shift).tolist()
+    if kind == "ctc":
+        tokens: Sequence[int] = spikes_of(posterior, tokenizer.blank, shift).tokens
+    else:
+        tokens = (best_path(posterior)[0] + shift).tolist()
     return tokenizer.decode([token for token in tokens if 0 <= token < tokenizer.size])
 
 
@@ -102,7 +115,9 @@ def teacher_accuracy(counts: Counts, chance: float, where: str, subject: str) ->
     broken = [t for t in lost if _is_broken(t, own, counts)]
     table = {t: {"own": list(own.get(t, (0, 0))), "others": list(others[t])} for t in counts}
     mean_own, mean_others = _share(_sum(own.values())), _share(_sum(others.values()))
-    numbers = f"teachers are {100 * mean_own:.0f} % right on their own speaker and {100 * mean_others:.0f} % on others"
+    asked = _sum(others.values())[1]
+    on_others = f"{100 * mean_others:.0f} % on others" if asked else "were never asked about others"
+    numbers = f"teachers are {100 * mean_own:.0f} % right on their own speaker and {on_others}"
     evidence = {"teachers": table, "own": mean_own, "others": mean_others, "at_chance": lost, "from": where}
     if broken:
         rows = ", ".join(f"{t} {own[t][0]} of {own[t][1]}" for t in broken[:NAMES_SHOWN])
@@ -124,7 +139,7 @@ def teacher_accuracy(counts: Counts, chance: float, where: str, subject: str) ->
         what = f"{len(lost)} of {len(own)} teachers are at chance on their own speaker ({few(lost)}; {numbers})."
         effect = "Speakers whom nobody understands yet: their teachers add little to the targets."
         remedy = "Weigh teachers by what they know: xded targets --weighting reliability."
-    elif mean_others < WEAK * mean_own:
+    elif asked and mean_others < WEAK * mean_own:
         what = f"In {where}, {numbers}."
         effect = "Each target is a mean of one teacher that knows the speaker and others that do not."
         remedy = "Weigh them: xded targets --weighting reliability, or let the parent hear more: --parent-on both."

@@ -26,7 +26,7 @@ def top_k(probabilities: np.ndarray, k: int, least_blank: np.ndarray) -> Posteri
     """[T, V] -> the k largest entries of each step, the rest as one mass."""
     k = min(k, probabilities.shape[1])
     ids = (
-        np.argpartition(probabilities, -k, axis=1)[:, -k:]
+        np.argpartition(probabilities, -k, axis=1)[:, -k:].copy()  # a view would keep all V of them
         if k < probabilities.shape[1]
         else np.tile(np.arange(k), (len(probabilities), 1))
     )

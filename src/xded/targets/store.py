@@ -96,7 +96,9 @@ class StoreWriter:
     folder: Path
     index: Index
     _entries: list[Entry] = field(default_factory=list)
-    _pending: list[Posterior] = field(default_factory=list)
+    # values one after the other: thousands of small arrays kept between large ones would hold on to gigabytes
+    _pending: dict[str, bytearray] = field(default_factory=dict)
+    _waiting: int = 0  # recordings
     _shards: int = 0
 
     def __post_init__(self) -> None:
@@ -106,23 +108,27 @@ class StoreWriter:
     def add(self, entry: Entry, posterior: Posterior) -> None:
         """Appends one recording."""
         self._entries.append(entry)
-        self._pending.append(posterior)
-        if len(self._pending) == RECORDINGS_PER_SHARD:
+        for name, kind in self._types.items():
+            self._pending.setdefault(name, bytearray()).extend(getattr(posterior, name).astype(kind).tobytes())
+        self._waiting += 1
+        if self._waiting == RECORDINGS_PER_SHARD:
             self._flush()
 
-    def _flush(self) -> None:
-        if not self._pending:
-            return
+    @property
+    def _types(self) -> dict[str, type[np.generic]]:
         small = self.index.vocabulary <= np.iinfo(np.int16).max
-        shard = {
-            "ids": np.concatenate([p.ids for p in self._pending]).astype(np.int16 if small else np.int32),
-            "probabilities": np.concatenate([p.probabilities for p in self._pending]).astype(np.float16),
-            "rest": np.concatenate([p.rest for p in self._pending]).astype(np.float16),
-            "least_blank": np.concatenate([p.least_blank for p in self._pending]).astype(np.float16),
-        }
+        ids = np.int16 if small else np.int32
+        return {"ids": ids, "probabilities": np.float16, "rest": np.float16, "least_blank": np.float16}
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        shard = {name: np.frombuffer(self._pending[name], kind) for name, kind in self._types.items()}
+        steps = len(shard["rest"])
+        shard |= {name: shard[name].reshape(steps, -1) for name in ("ids", "probabilities")}
         # as bytes: a full disk is then an OSError, which safetensors' own writing hides
         (self.folder / f"shard_{self._shards:03d}.safetensors").write_bytes(save(shard))
-        self._pending = []
+        self._pending, self._waiting = {}, 0
         self._shards += 1
 
     def close(self) -> Index:

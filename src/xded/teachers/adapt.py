@@ -16,10 +16,13 @@ from xded.config import Config, TargetConfig
 from xded.corpus.folds import Fold, Split, make_fold, split
 from xded.corpus.manifest import Corpus, Recording
 from xded.errors import CorpusError, TokenizerError
+from xded.models.pretrained import tokenizer_at
 from xded.parallel import run_all
 from xded.tokenizer import Tokenizer
 from xded.training.job import Job
 from xded.training.run import fit, is_finished
+
+IMPORTED = "imported.json"  # what was seen of posteriors from elsewhere; written last
 
 
 def teacher_speakers(corpus: Corpus, fold: Fold) -> tuple[str, ...]:
@@ -58,7 +61,7 @@ def load_or_train_tokenizer(corpus: Corpus, parts: Split, config: Config, path: 
     """
     texts = {r.text for r in corpus.recordings if r.speaker not in config.fold.exclude}
     named = config.tokenizer.path
-    given = None if named is None else Tokenizer.load(named, config.tokenizer.normaliser)
+    given = None if named is None else tokenizer_at(named, config.tokenizer.normaliser)
     if path.is_file():
         kept = Tokenizer.load(path, config.tokenizer.normaliser)
         if given is not None and given.fingerprint != kept.fingerprint:
@@ -106,6 +109,15 @@ class Teachers:
     def finished(self) -> tuple[str, ...]:
         """Speakers whose teachers are finished."""
         return tuple(sorted(run.name for run in (self.folder / "teachers").glob("*") if is_finished(run)))
+
+    def posteriors(self, speaker: str) -> Path:
+        """Folder of posteriors that another tool's teacher gave."""
+        return self.folder / "posteriors" / speaker
+
+    @property
+    def imported(self) -> tuple[str, ...]:
+        """Speakers whose teachers are known by such posteriors only."""
+        return tuple(sorted(report.parent.name for report in self.folder.glob(f"posteriors/*/{IMPORTED}")))
 
 
 def parts_of(corpus: Corpus, fold: Fold, config: Config) -> Split:

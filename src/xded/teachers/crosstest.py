@@ -1,10 +1,19 @@
-"""Every teacher on every speaker, on takes that no one was trained on: matrix, vote, and the any-teacher oracle."""
+"""Every teacher on every speaker: matrix, mean, best, vote and the any-teacher oracle, for teachers of any make.
+
+The vote is the plurality of whole outputs, normalised; an empty output votes like any other. Ties decide points where
+few teachers agree, so their rule is always stated. `vote` needs one output and takes the alphabetically first of the
+tied teachers, which favours whoever has that name; `examine` shares ties: of n tied outputs each counts 1/n, what a
+random choice gives on average, and says what the kindest and the unkindest choice would give.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from xded.config import Config, DecodeConfig
 from xded.corpus.folds import make_fold
@@ -12,8 +21,9 @@ from xded.corpus.manifest import Corpus, Recording
 from xded.errors import CorpusError
 from xded.models.recogniser import load_recogniser
 from xded.parallel import run_all
-from xded.scoring import Estimate, Prediction, is_right, read_predictions, score, write_predictions
+from xded.scoring import Estimate, Prediction, Scores, is_right, read_predictions, score, write_predictions
 from xded.teachers.adapt import Teachers, parts_of
+from xded.tokenizer import normalise
 from xded.training.data import TrainingData
 from xded.training.evaluation import UNSTATED, recognise
 from xded.training.status import write_atomically
@@ -125,3 +135,155 @@ def oracle(said: Said, normaliser: str) -> list[Prediction]:
         right = [p for p in row if is_right(p, normaliser)]
         best.append(right[0] if right else row[0])
     return best
+
+
+# --- one tested speaker -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Vote:
+    """WRA of the vote in per cent under every rule for ties; intervals over takes.
+
+    Attributes:
+        shared: each of n tied outputs counts 1/n.
+        first_name: a tie goes to the alphabetically first of the tied teachers, as in `vote`.
+        worst, best: what the unkindest and the kindest choice among tied outputs give.
+        tied_percent: recordings on which several outputs have the most votes.
+    """
+
+    shared: Estimate
+    first_name: Estimate
+    worst: Estimate
+    best: Estimate
+    tied_percent: float
+
+
+@dataclass(frozen=True)
+class Tested:
+    """What all teachers make of one speaker, on the recordings that every one of them has.
+
+    The speaker's own teacher, where there is one, has scores, and no part in mean, best, vote and oracle: these say
+    what other speakers' teachers are worth.
+
+    Attributes:
+        scores: of each teacher.
+        effective_recordings: of each teacher, the number of independent recordings with the same standard error.
+        mean: WRA of the mean teacher, per cent.
+        best: the teacher that turned out best: a choice made after the fact.
+        oracle: WRA where any teacher that is right suffices.
+        lacking: recordings that some teacher has and this one lacks.
+        disputed: recordings that the teachers' files give different references for.
+    """
+
+    speaker: str
+    recordings: int
+    takes: int
+    scores: Mapping[str, Scores]
+    effective_recordings: Mapping[str, float]
+    mean: Estimate
+    best: str
+    vote: Vote
+    oracle: Estimate
+    lacking: Mapping[str, tuple[str, ...]]
+    disputed: tuple[str, ...]
+
+
+def examine(said: Said, normaliser: str, *, seed: int = 0) -> tuple[list[Tested], list[str]]:
+    """Every tested speaker, in alphabetical order.
+
+    Args:
+        said: predictions of each teacher, no recording twice.
+        normaliser: of `tokenizer.normalise`, for the votes and for what is right.
+        seed: of the resampling.
+
+    Returns:
+        The speakers, and those that no two teachers can be compared on: no recording that all of their teachers have.
+    """
+    tested, apart = [], []
+    for speaker in sorted({p.speaker for rows in said.values() for p in rows}):
+        rows = {name: {p.recording: p for p in said[name] if p.speaker == speaker} for name in sorted(said)}
+        found = _tested(speaker, {name: row for name, row in rows.items() if row}, normaliser, seed)
+        if found is None:
+            apart.append(speaker)
+        else:
+            tested.append(found)
+    return tested, apart
+
+
+def _tested(speaker: str, rows: Mapping[str, Mapping[str, Prediction]], normaliser: str, seed: int) -> Tested | None:
+    everything = set().union(*rows.values())
+    prompts = {r: {normalise(row[r].reference, normaliser) for row in rows.values() if r in row} for r in everything}
+    disputed = tuple(sorted(r for r, texts in prompts.items() if len(texts) > 1))
+    shared = sorted(set.intersection(*(set(row) for row in rows.values())) - set(disputed))
+    if not shared:
+        return None
+    takes = [next(iter(rows.values()))[r].take for r in shared]
+    right = np.array([[is_right(row[r], normaliser) for r in shared] for row in rows.values()])  # [K, N]
+    others = [name for name in rows if name != speaker] or list(rows)
+    outputs = [[normalise(rows[name][r].hypothesis, normaliser) for name in others] for r in shared]
+    others_right = right[[name in others for name in rows]]
+    scores = {
+        name: score([row[r] for r in shared], normaliser=normaliser, conditions=UNSTATED, seed=seed)
+        for name, row in rows.items()
+    }
+    return Tested(
+        speaker=speaker,
+        recordings=len(shared),
+        takes=len(set(takes)),
+        scores=scores,
+        effective_recordings={name: effective_recordings(r, takes) for name, r in zip(rows, right, strict=True)},
+        mean=over_takes(others_right.mean(0), takes, seed=seed),
+        best=max(others, key=lambda name: scores[name].overall.wra_percent.value),
+        vote=_votes(outputs, others_right, takes, seed),
+        oracle=over_takes(others_right.max(0), takes, seed=seed),
+        lacking={name: lacks for name, row in rows.items() if (lacks := tuple(sorted(everything - set(row))))},
+        disputed=disputed,
+    )
+
+
+def _votes(outputs: Sequence[Sequence[str]], right: np.ndarray, takes: Sequence[str], seed: int) -> Vote:
+    """outputs: normalised, for each recording one a teacher; right: [K, N]."""
+    shared, first, worst, best, tied = (np.zeros(len(outputs)) for _ in range(5))
+    for n, row in enumerate(outputs):
+        counts = Counter(row)
+        most = max(counts.values())
+        top = {text: right[k, n] for k, text in reversed(list(enumerate(row))) if counts[text] == most}
+        tied[n] = len(top) > 1
+        shared[n] = sum(top.values()) / len(top)
+        worst[n], best[n] = all(top.values()), any(top.values())
+        first[n] = top[next(text for text in row if text in top)]
+    return Vote(
+        shared=over_takes(shared, takes, seed=seed),
+        first_name=over_takes(first, takes, seed=seed),
+        worst=over_takes(worst, takes, seed=seed),
+        best=over_takes(best, takes, seed=seed),
+        tied_percent=100 * float(tied.mean()),
+    )
+
+
+def over_takes(values: np.ndarray, takes: Sequence[str], *, seed: int = 0, resamples: int = 2000) -> Estimate:
+    """Mean of values in [0, 1] in per cent, with a 95 % percentile bootstrap interval that resamples whole takes.
+
+    values: one a recording, [N]; takes: of each recording.
+    """
+    _, group = np.unique(takes, return_inverse=True)
+    sums, sizes = np.bincount(group, values), np.bincount(group)
+    value = 100 * float(np.mean(values))
+    if len(sizes) < 2:
+        return Estimate(value, None, None)
+    drawn = np.random.default_rng(seed).multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), size=resamples)
+    low, high = np.percentile(100 * (drawn @ sums) / (drawn @ sizes), [2.5, 97.5])
+    return Estimate(value, float(low), float(high))
+
+
+def effective_recordings(right: np.ndarray, takes: Sequence[str]) -> float:
+    """Recordings over their design effect (Kish 1965, Survey Sampling): copies of one take are right or wrong together.
+
+    right: of each recording, [N]; takes: of each recording. Where all (or none) are right, copies tell nothing: takes.
+    """
+    share, count = float(right.mean()), len(right)
+    _, group = np.unique(takes, return_inverse=True)
+    if share in (0.0, 1.0):
+        return float(group.max() + 1)
+    variance = float((np.bincount(group, right - share) ** 2).sum()) / count**2
+    return min(float(count), share * (1 - share) / variance) if variance > 0 else float(count)

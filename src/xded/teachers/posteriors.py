@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -105,24 +106,23 @@ def posteriors_of(recogniser: Recogniser, batch: Batch, config: Config) -> list[
     ) / batch.token_lengths  # fmt: skip
     true_ctc = true_ctc.clamp(min=LEAST_LOG_PROB)
     steps = F.log_softmax(decoder_logits, 2).gather(2, batch.tokens[:, :, None])[:, :, 0]
-    temperature = config.objective.temperature
     said: list[dict[Kind, tuple[Posterior, float]]] = []
     for row in range(len(batch.recordings)):
         count, length = int(frames[row]), int(batch.token_lengths[row]) + 1
-        ctc = F.softmax(ctc_logits[row, :count].float() / temperature, dim=1).numpy()
-        decoder = F.softmax(decoder_logits[row, :length].float() / temperature, dim=1).numpy()
-        # which frames are blank is asked of the teacher as it is, not of its softened copy
-        blank = F.softmax(ctc_logits[row, :count].float(), dim=1)[:, tokenizer.blank].numpy()
-        said.append(
-            {
-                "ctc": (top_k(ctc, config.target.top_k, blank), float(true_ctc[row])),
-                "decoder": (
-                    top_k(decoder, config.target.top_k, np.zeros(length, np.float32)),
-                    float(steps[row, :length].mean()),
-                ),
-            }
-        )
+        ctc = posterior_of(ctc_logits[row, :count], "ctc", tokenizer.blank, config)
+        decoder = posterior_of(decoder_logits[row, :length], "decoder", tokenizer.blank, config)
+        said.append({"ctc": (ctc, float(true_ctc[row])), "decoder": (decoder, float(steps[row, :length].mean()))})
     return said
+
+
+def posterior_of(logits: torch.Tensor, kind: Kind, blank: int, config: Config) -> Posterior:
+    """One recording's logits [T, V] as they are stored: softened, the top k entries."""
+    soft = F.softmax(logits.float() / config.objective.temperature, dim=1).numpy()
+    if kind == "decoder":
+        return top_k(soft, config.target.top_k, np.zeros(len(soft), np.float32))
+    # which frames are blank is asked of the teacher as it is, not of its softened copy
+    unsoftened = F.softmax(logits.float(), dim=1)[:, blank].clone()  # a view would keep the whole of it
+    return top_k(soft, config.target.top_k, unsoftened.numpy())
 
 
 def _extract_job(job: tuple[Path, str, tuple[Recording, ...], Config, Path]) -> None:
@@ -143,33 +143,77 @@ def make_targets(
 
     Args:
         corpus: gives bands and, with `same_prompt`, the teachers' own recordings.
-        teachers: folder of teachers; those of held-out or excluded speakers are not asked.
+        teachers: folder of teachers, trained here or imported; those of held-out or excluded speakers are not asked.
         recordings: what the student will train on.
         config: `target` and `objective.temperature`.
 
     Raises:
         CorpusError: the fold has no finished teacher. LeakageError: a teacher has heard a held-out speaker.
+        TargetError: imported posteriors are of another temperature, tokenizer or audio, or only CTC frames of other
+            recordings than the student's.
     """
     forbidden = {*fold.exclude, *(() if fold.include_held_out else fold.held_out)}
-    speakers = [speaker for speaker in teachers.finished if speaker not in forbidden]
+    imported = {speaker: teachers.posteriors(speaker) for speaker in teachers.imported}
+    speakers = [speaker for speaker in sorted({*teachers.finished, *imported}) if speaker not in forbidden]
     if not speakers:
         raise CorpusError(
             f"{teachers.folder} has no finished teacher for this fold.", "Train them first: 'xded teach'."
         )
-    paths = {speaker: teachers.teacher(speaker) / "best.pt" for speaker in speakers}
+    ready = {speaker: imported[speaker] for speaker in speakers if speaker in imported}
+    paths = {speaker: teachers.teacher(speaker) / "best.pt" for speaker in speakers if speaker not in ready}
     same_audio = config.target.heard == "same_audio"
     test_takes = frozenset(r.take for r in parts_of(corpus, fold, config).test)
     own = {s: tuple(r for r in corpus.select(speakers=[s]) if r.take not in test_takes) for s in speakers}
     asked = {s: tuple(recordings) if same_audio else own[s] for s in speakers}
     heard = [p for path in paths.values() for p in provenance_of(load(path))]
+    heard += [
+        p for folder in ready.values() for index in check_imported(folder, corpus, config) for p in index.provenance
+    ]
     guard(fold, dict.fromkeys(heard), test_takes)
     folders = {s: out / "posteriors" / s for s in speakers}
-    run_all(_extract_job, [(paths[s], s, asked[s], config, folders[s]) for s in speakers], jobs)
+    run_all(_extract_job, [(paths[s], s, asked[s], config, folders[s]) for s in paths], jobs)
+    for speaker, folder in ready.items():
+        shutil.rmtree(folders[speaker], ignore_errors=True)
+        shutil.copytree(folder, folders[speaker])
     kinds = KINDS if same_audio else ("decoder",)  # frames of different recordings do not line up
-    return {
-        kind: aggregate(kind, {s: Store(folders[s] / kind) for s in speakers}, asked, recordings, corpus, config, out)
-        for kind in kinds
-    }
+    made = {}
+    for kind in kinds:
+        stores = {s: Store(folders[s] / kind) for s in speakers if (folders[s] / kind).is_dir()}
+        answered = {s: [r for r in asked[s] if r.recording in store] for s, store in stores.items()}
+        if stores:
+            made[kind] = aggregate(kind, stores, answered, recordings, corpus, config, out)
+    if not made:
+        raise TargetError(
+            f"{teachers.folder} has CTC posteriors only, and with heard '{config.target.heard}' every teacher has "
+            "heard another recording: their frames do not line up.",
+            "Give --heard same_audio, or import the decoder's posteriors too.",
+        )
+    return made
+
+
+def check_imported(folder: Path, corpus: Corpus, config: Config) -> list[Index]:
+    """Indexes of one imported teacher.
+
+    Raises:
+        TargetError: they were imported at another temperature, or describe other audio than the corpus has.
+    """
+    again = "Import them again from this corpus, with this temperature: 'xded import-teachers'."
+    hashes = {recording.recording: recording for recording in corpus.recordings}
+    indexes = [read_index(folder / kind) for kind in KINDS if (folder / kind).is_dir()]
+    for index in indexes:
+        if index.temperature != config.objective.temperature:
+            raise TargetError(
+                f"{folder} was imported at temperature {index.temperature:g}; the objective says "
+                f"{config.objective.temperature:g}.", again,
+            )  # fmt: skip
+        for entry in index.recordings:
+            known = hashes.get(entry.recording)
+            if known is not None and audio_hash(known) != entry.audio_sha256:
+                raise TargetError(
+                    f"{folder}: the posterior of '{entry.recording}' describes other audio (its SHA-256 differs).",
+                    again,
+                )
+    return indexes
 
 
 def aggregate(
@@ -225,11 +269,13 @@ def partners_of(
 ) -> dict[str, dict[str, str]]:
     """For every recording that the coverage mode keeps: teacher -> id of the recording that the teacher heard.
 
-    With `same_audio` that is the recording itself. With `same_prompt` it is the teacher's own speaker saying the
-    same block, prompt and microphone; the n-th take is paired with the n-th (around in a circle).
+    With `same_audio` that is the recording itself, for the teachers that have heard it. With `same_prompt` it is the
+    teacher's own speaker saying the same block, prompt and microphone; the n-th take is paired with the n-th (around
+    in a circle).
     """
     if config.target.heard == "same_audio":
-        return {r.recording: dict.fromkeys(asked, r.recording) for r in recordings}
+        known = {s: {r.recording for r in rows} for s, rows in asked.items()}
+        return {r.recording: {s: r.recording for s in asked if r.recording in known[s]} for r in recordings}
     own = {s: _by_key(rows) for s, rows in asked.items()}
     covered = coverage({s: set(keys) for s, keys in own.items()}, config.target.coverage, config.target.min_teachers)
     seen: dict[tuple[str, tuple[str, str, str]], int] = {}
