@@ -15,7 +15,8 @@ from xded.errors import EXIT_FINDINGS, CorpusError, XdedError
 
 COMMANDS = [
     [], ["import"], ["import", "uaspeech"], ["import", "fsdd"], ["import", "nemo"], ["import", "folders"],
-    ["describe"], ["check"], ["synthesise"], ["simulate"],
+    *(["import", name] for name in ("torgo", "kaldi", "speechbrain", "lhotse", "datasets")),
+    ["export"], ["describe"], ["check"], ["synthesise"], ["simulate"],
 ]  # fmt: skip
 
 
@@ -104,6 +105,38 @@ def test_nemo_and_folder_imports_take_their_options(tmp_path):
     (tmp_path / "m.json").write_text('{"audio_filepath": "s1/yes_1.wav", "duration": 0.25, "text": "JA", "who": "s9"}')
     call("import", "nemo", tmp_path / "m.json", "--out", tmp_path / "b", "--speaker-key", "who")
     assert read_corpus(tmp_path / "b").speakers == ("s9",)
+
+
+@pytest.mark.parametrize(
+    ("to", "inside"),
+    [
+        ("nemo", "manifest.jsonl"), ("kaldi", ""), ("speechbrain", "recordings.csv"), ("lhotse", "cuts.jsonl"),
+        ("datasets", ""),
+    ],
+)  # fmt: skip
+def test_export_and_import_again(corpus, tmp_path, to, inside):
+    result = call("export", corpus, "--format", to, "--out", tmp_path / to)
+    assert "9 recordings of 3 speakers" in result.output
+    again = call("import", to, tmp_path / to / inside, "--out", tmp_path / "again", "--controls", "theo", "--json")
+    assert json.loads(again.stdout)["kept"] == 9
+    one, two = read_corpus(corpus), read_corpus(tmp_path / "again")
+    assert (one.speakers, one.texts, one.role_of("theo")) == (two.speakers, two.texts, two.role_of("theo"))
+    assert {r.audio_sha256 for r in one.recordings} == {r.audio_sha256 for r in two.recordings}
+    with pytest.raises(XdedError, match="holds files already"):
+        call("export", corpus, "--format", to, "--out", tmp_path / to)
+    assert call("export", corpus, "--format", to, "--out", tmp_path / to, "--overwrite", "--json").exit_code == 0
+
+
+def test_export_to_an_unknown_format_is_a_usage_error(corpus, tmp_path):
+    assert call("export", corpus, "--format", "htk", "--out", tmp_path / "x").exit_code == 2
+
+
+def test_import_datasets_touches_nothing_before_it_may_write(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "manifest.jsonl").write_text("{}")
+    with pytest.raises(CorpusError, match="already holds a corpus"):
+        call("import", "datasets", tmp_path / "in", "--out", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["manifest.jsonl"]
 
 
 def test_describe_as_table_and_as_json(corpus):

@@ -1,7 +1,8 @@
-"""`xded corpus`: import, describe, check, synthesise, simulate."""
+"""`xded corpus`: import, export, describe, check, synthesise, simulate."""
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,18 +15,30 @@ if TYPE_CHECKING:
 
 ROWS_SHOWN = 10
 
+
+class ExportFormat(StrEnum):
+    """Toolkits whose files `xded corpus export` writes."""
+
+    NEMO = "nemo"
+    KALDI = "kaldi"
+    SPEECHBRAIN = "speechbrain"
+    LHOTSE = "lhotse"
+    DATASETS = "datasets"
+
+
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     add_completion=False,
-    help="Import, describe, check, synthesise or simulate a corpus.\n\n"
+    help="Import, export, describe, check, synthesise or simulate a corpus.\n\n"
     "Example: xded corpus import fsdd data/fsdd --out corpora/fsdd",
 )
 importer = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(
     importer,
     name="import",
-    help="Check every recording of a corpus once and write a manifest that points to the files (audio is not copied). "
+    help="Check every recording of a corpus once and write a manifest that points to the files (audio is not copied, "
+    "except from Arrow and Parquet files). "
     "Exit code 3 when files were rejected; check.jsonl names each.\n\n"
     "Example: xded corpus import fsdd data/fsdd --out corpora/fsdd",
 )
@@ -34,6 +47,9 @@ Out = Annotated[Path, typer.Option(help="Folder for manifest.jsonl and check.jso
 Controls = Annotated[str, typer.Option(help="Control speakers, separated by commas.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a manifest that is already there.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Root = Annotated[
+    Path | None, typer.Option(help="Where relative paths start; default: the list's own folder.", show_default=False)
+]
 CorpusPath = Annotated[Path, typer.Argument(help="Manifest, or the folder that holds manifest.jsonl.")]
 
 
@@ -108,6 +124,133 @@ def import_folders(
     from xded.corpus import speaker_folders
 
     _import(speaker_folders.find(_absolute(source), texts), source, out, controls, overwrite, as_json)
+
+
+@importer.command("torgo")
+def import_torgo(
+    source: Annotated[Path, typer.Argument(help="Folder with F01, M01, FC01 ... (or F, FC, M, MC) in it.")],
+    out: Out,
+    sentences: Annotated[bool, typer.Option("--sentences", help="Keep prompts of several words too.")] = False,
+    controls: Controls = "",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Import TORGO's isolated words, both microphones; FC* and MC* are controls. Other prompts are listed as rejected.
+
+    Example: xded corpus import torgo data/TORGO --out corpora/torgo
+    """
+    from xded.corpus import torgo
+
+    _import(torgo.find(_absolute(source), sentences), source, out, controls, overwrite, as_json)
+
+
+@importer.command("kaldi")
+def import_kaldi(
+    source: Annotated[Path, typer.Argument(help="Folder with wav.scp, text and utt2spk.")],
+    out: Out,
+    root: Root = None,
+    controls: Controls = "",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Import a Kaldi data folder. Commands in wav.scp are never run: such lines are rejected, and so are segments.
+
+    Example: xded corpus import kaldi data/train --out corpora/words --controls anna,ben
+    """
+    from xded.corpus import kaldi
+
+    _import(kaldi.find(_absolute(source), root), source, out, controls, overwrite, as_json)
+
+
+@importer.command("speechbrain")
+def import_speechbrain(
+    source: Annotated[Path, typer.Argument(help="CSV with ID, duration, wav, spk_id, wrd in any order.")],
+    out: Out,
+    root: Annotated[
+        Path | None,
+        typer.Option(help="What $data_root stands for, and where relative paths start.", show_default=False),
+    ] = None,
+    speaker_key: Annotated[str, typer.Option(help="Column that names the speaker.")] = "spk_id",
+    text_key: Annotated[str, typer.Option(help="Column that holds the text.")] = "wrd",
+    controls: Controls = "",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Import a SpeechBrain CSV; columns take, prompt, role, band ... are kept where it has them.
+
+    Example: xded corpus import speechbrain data/M08.csv --root data/audio --out corpora/M08
+    """
+    from xded.corpus import speechbrain_csv
+
+    found = speechbrain_csv.find(_absolute(source), speaker_key, text_key, root)
+    _import(found, source, out, controls, overwrite, as_json)
+
+
+@importer.command("lhotse")
+def import_lhotse(
+    source: Annotated[Path, typer.Argument(help="Cut manifest: cuts.jsonl or cuts.jsonl.gz.")],
+    out: Out,
+    root: Root = None,
+    controls: Controls = "",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Import a Lhotse cut manifest whose cuts are whole files of one channel; others are listed as rejected.
+
+    Example: xded corpus import lhotse data/cuts.jsonl.gz --out corpora/words
+    """
+    from xded.corpus import lhotse
+
+    _import(lhotse.find(_absolute(source), root), source, out, controls, overwrite, as_json)
+
+
+@importer.command("datasets")
+def import_datasets(
+    source: Annotated[Path, typer.Argument(help="Folder of save_to_disk, of Parquet files, or an audiofolder.")],
+    out: Out,
+    speaker_key: Annotated[str, typer.Option(help="Column that names the speaker.")] = "speaker",
+    text_key: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    controls: Controls = "",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Import a Hugging Face data set; audio in Arrow or Parquet is written to OUT/audio (needs the extra 'arrow').
+
+    Example: xded corpus import datasets data/words --text-key sentence --speaker-key client_id --out corpora/words
+    """
+    from xded.corpus import hugging_face_dataset
+    from xded.corpus.checks import refuse_existing
+
+    if not overwrite:
+        refuse_existing(out)
+    found = hugging_face_dataset.find(_absolute(source), _absolute(out), speaker_key, text_key)
+    _import(found, source, out, controls, overwrite, as_json)
+
+
+@app.command("export")
+def export_corpus(
+    corpus: CorpusPath,
+    to: Annotated[ExportFormat, typer.Option("--format", help="Whose files to write.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder for the files.", show_default=False)],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into a folder that holds files.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a corpus for another toolkit. Audio stays where it is; only 'datasets' copies it into its folder.
+
+    Example: xded corpus export corpora/words --format kaldi --out data/words
+    """
+    from xded.corpus.exporting import write
+    from xded.corpus.manifest import read_corpus
+
+    if not overwrite and out.is_dir() and any(out.iterdir()):
+        raise XdedError(f"{out} holds files already.", "Choose another folder with --out, or add --overwrite.")
+    read = read_corpus(corpus)
+    files = write(read, to.value, out)
+    if as_json:
+        _print_json({"files": [str(file) for file in files], "recordings": len(read.recordings)})
+    else:
+        typer.echo(f"{len(read.recordings)} recordings of {len(read.speakers)} speakers in {out}:")
+        typer.echo(f"  {', '.join(file.name for file in files)}")
 
 
 @app.command("describe")

@@ -10,6 +10,7 @@ import io
 import re
 import struct
 from pathlib import Path
+from typing import Any
 
 import xlrd
 
@@ -58,7 +59,7 @@ def find(source: Path, wordlist: Path | None = None) -> tuple[list[Candidate], l
             rows.append(Row("rejected", path, f"{path} is not named as in UASpeech; {expected}.",
                             "Rename it, or leave it out of the folder.", "name"))  # fmt: skip
             continue
-        prompt = f"{match['block']}_{match['word']}" if match["type"] == "UW" else match["word"]
+        prompt = facts(match)["prompt"]
         if prompt not in words:
             rows.append(Row("rejected", path, f"{path}: the word list has no row '{prompt}'.",
                             "Use the workbook of the same release as the audio.", "no word"))  # fmt: skip
@@ -69,17 +70,24 @@ def find(source: Path, wordlist: Path | None = None) -> tuple[list[Candidate], l
                 text=words[prompt],
                 recording=path.stem,
                 speaker=match["speaker"],
-                take=path.stem.removesuffix(f"_{match['mic']}"),
-                prompt=prompt,
-                block=match["block"],
-                mic=match["mic"],
-                role="control" if match["control"] else "target",
-                band=BAND_OF.get(match["speaker"]),
-                word_type=match["type"] or "L",
                 sample_rate=SAMPLE_RATE,
+                **facts(match),
             )
         )
     return candidates, rows
+
+
+def facts(match: re.Match[str]) -> dict[str, Any]:
+    """What a recording's name tells (a match of `NAME`): take, prompt, block, mic, role, band, word_type."""
+    return {
+        "take": match[0].removesuffix(f"_{match['mic']}"),
+        "prompt": f"{match['block']}_{match['word']}" if match["type"] == "UW" else match["word"],
+        "block": match["block"],
+        "mic": match["mic"],
+        "role": "control" if match["control"] else "target",
+        "band": BAND_OF.get(match["speaker"]),
+        "word_type": match["type"] or "L",
+    }
 
 
 def read_words(path: Path) -> dict[str, str]:
