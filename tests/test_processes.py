@@ -45,13 +45,14 @@ CASES: dict[str, dict[str, Any]] = {
     "frozen": {"train": {"stages": [{"epochs": 1, "peak_lr": 0.05, "freeze_encoder": True}, *STAGES]}},
     "layer": {"train": {"stages": STAGES, "freeze_layers": 1}},
     "ctc only": {"train": {"stages": STAGES}, "objective": {"cross_entropy": 0.0}},
+    "curriculum": {"train": {"stages": STAGES, "batch_size": 3, "curriculum": {"schedule": "sqrt"}}},
 }
 
 
 def job_of(folder: Path, case: str, out: Path, devices: int) -> Job:
     """A run of a case without dropout, which differs between processes."""
     sections = dict(CASES[case])
-    init = {"init": folder / "parent"} if case in ("frozen", "layer") else {}
+    init = {"init": folder / "parent"} if case in ("frozen", "layer", "curriculum") else {}
     sections["train"] = {**sections["train"], **init, "devices": devices, "save_every_steps": 2}
     return job_for(read_corpus(folder / "corpus"), out, model={**MODEL, "dropout": 0.0}, **sections)
 

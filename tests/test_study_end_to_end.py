@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -11,16 +13,19 @@ import soxr
 import torch
 
 from xded.audio import read_audio
+from xded.config import DecodeConfig
 from xded.corpus.manifest import read_corpus, write_manifest
 from xded.corpus.synthetic import make_embedded_corpus
 from xded.corpus.vocoder import SAMPLE_RATE
 from xded.models.checkpoints import sha256_of
 from xded.models.student import Student
 from xded.report.study import report_of
+from xded.scoring import Prediction
 from xded.study.plan import Study, build
 from xded.study.run import run_study
 from xded.study.verdict import Answer
-from xded.tokenizer import Tokenizer
+from xded.training.data import TrainingData
+from xded.training.evaluation import recognise
 
 QUICK = {"batch_size": 16, "threads": 1, "validate_every_epochs": 100, "checkpoint_every_epochs": 1000}
 
@@ -105,13 +110,14 @@ def test_a_speaker_far_from_the_others_is_a_domain_shift(corpus: Path, tmp_path:
 
 @pytest.mark.slow
 def test_ids_decoded_one_low_leave_no_verdict(corpus: Path, tmp_path: Path) -> None:
-    decode = Tokenizer.decode
-
-    def one_low(self: Tokenizer, ids: object) -> str:
-        return decode(self, [i - 1 for i in ids if i > 3])  # type: ignore[attr-defined]
+    def one_low(student: Student, data: TrainingData, how: DecodeConfig, **more: Any) -> list[Prediction]:
+        said = recognise(student, data, how, **more)
+        if how.word_list:
+            return said
+        return [replace(p, hypothesis=data.tokenizer.decode([i - 1 for i in p.tokens if i > 3])) for p in said]
 
     plan = study(corpus, 250)
-    with patch("xded.decoding.Tokenizer.decode", one_low):
+    with patch("xded.study.pieces.recognise", one_low):
         outcome = run_study(plan, tmp_path)
     report = report_of(outcome, tmp_path, "debug")
     assert {answer.verdict for answer in report.answers} == {"suspect"}, report.lines()

@@ -14,8 +14,9 @@ import pytest
 
 from xded.errors import GO_ON, LeakageError
 from xded.study import engine
-from xded.study.engine import DONE, LocalWorkers, Progress, is_done, run, seconds_of
-from xded.study.steps import DECODES, Kind, Step, predictions_in
+from xded.study.engine import DONE, LocalWorkers, Progress, is_done, run
+from xded.study.pieces import DECODES, predictions_in
+from xded.study.steps import Kind, Step
 from xded.training.loop import InterruptedRunError
 
 
@@ -82,13 +83,32 @@ def test_nothing_is_done_twice_and_needs_come_first(tmp_path: Path) -> None:
     again = run([*steps, piece(tmp_path, "new", needs=("a",))], LocalWorkers(1))
     assert again.count("done") == 4
     assert [times(step) for step in steps] == [1, 1, 1]
-    assert seconds_of(steps[0]) == progress.seconds[steps[0].key]
+    assert again.seconds.items() >= progress.seconds.items()
+
+
+def test_what_a_piece_used_is_kept_with_it_where_it_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Known:
+        joules = 7.5
+
+        def __enter__(self) -> Known:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    unknown = piece(tmp_path, "unknown")
+    unknown_too = run([unknown], LocalWorkers(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "Meter", Known)
+        known = piece(tmp_path, "known")
+        run([known], LocalWorkers(1))
+    again = run([unknown, known], LocalWorkers(1))
+    assert again.joules == {**unknown_too.joules, known.key: 7.5}
 
 
 def test_a_piece_without_its_mark_key_or_predictions_is_not_done(tmp_path: Path) -> None:
     step = piece(tmp_path, "a")
     assert not is_done(step)
-    assert seconds_of(step) is None
     run([step], LocalWorkers(1))
     assert is_done(step)
     for text in ("", "[]", '{"key": "another", "seconds": 1}'):

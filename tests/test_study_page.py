@@ -463,3 +463,34 @@ def test_a_page_that_fetches_is_noticed(found: StudyReport, tmp_path: Path) -> N
         (tmp_path / f"{name}.html").write_text(text, encoding="utf-8")
         _, asked = open_in_chromium(tmp_path / f"{name}.html", tmp_path / name)
         assert asked == ({"http://fetched.invalid/x.png"} if name == "open" else set())  # the policy forbids it
+
+
+def test_energy_is_summed_where_it_is_known_and_said_to_be_unknown_elsewhere(found: StudyReport) -> None:
+    def with_joules(joules: dict[str, float]) -> StudyReport:
+        progress = dataclasses.replace(found.outcome.progress, joules=joules)
+        return dataclasses.replace(found, outcome=dataclasses.replace(found.outcome, progress=progress))
+
+    attempts = [cell.key for cell in found.outcome.work.cells]
+    none = with_joules({})
+    assert none.cost().endswith("Energy not known on this machine (no readable counter).")
+    assert "Energy not known on this machine" in (html := render(none, found.out / "report.html"))
+    assert '<th scope="col">Wh' not in html
+    known = with_joules(dict.fromkeys(attempts, 7200.0))
+    count, done = len(attempts), found.outcome.progress.count("done")
+    assert f"Energy {2 * count:.1f} Wh, of {count} of {done} pieces: of whole processor packages" in known.cost()
+    text = re.sub(r"<[^>]+>", " ", render(known, found.out / "report.html"))
+    assert "shared out by CPU time" in text
+    (row,) = re.findall(r"attempt\s+12\s+12\s+[\d.]+\s+[\d.]+\s+([\d.]+)", text)
+    assert float(row) == 2 * count
+
+
+def test_what_sharing_saved_is_counted_in_pieces_and_in_minutes(found: StudyReport) -> None:
+    work = found.outcome.work
+    seconds = {step.key: 60.0 for step in work.steps}
+    progress = dataclasses.replace(found.outcome.progress, seconds=seconds)
+    same = dataclasses.replace(found, outcome=dataclasses.replace(found.outcome, progress=progress))
+    assert work.single_runs > len(work.steps)
+    assert (
+        f"all pieces together took {len(work.steps):.1f} minutes. {len(work.steps)} pieces did the work of "
+        f"{work.single_runs}, which would have taken {work.single_runs:.1f} minutes."
+    ) in same.cost()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -19,15 +20,16 @@ from cli_calls import call, done, refused
 from tiny_corpus import write_corpus
 from tiny_study import CONFIG, CTC_KD, TRAIN, run_tiny, tiny_study
 from xded.corpus.manifest import Corpus, read_corpus, write_manifest
-from xded.errors import CorpusError
+from xded.errors import ConfigError, CorpusError
 from xded.findings import Finding
 from xded.models.checkpoints import sha256_of
 from xded.scoring import read_predictions
+from xded.study import pieces, steps
 from xded.study import run as study_run
-from xded.study import steps
 from xded.study.folder import STATE, locked
 from xded.study.plan import Study, StudyError
 from xded.study.run import read_study, run_study, to_yaml
+from xded.training import loggers
 from xded.training.job import Job
 from xded.training.loop import CollapsedRunError
 
@@ -70,12 +72,12 @@ def test_every_result_comes_from_its_own_run_and_nothing_is_done_twice(
         assert len(result.runs) == 2
     baselines = {r.system for r in outcome.results if r.source == "baseline"}
     assert baselines == {"parent", "teacher t2", "teacher t3"}
-    monkeypatch.setattr(steps, "fit", no_training)
+    monkeypatch.setattr(pieces, "fit", no_training)
     again = run_tiny(study, tmp_path)
     assert again.results == outcome.results
     one = outcome.work.cells[0]
     one.predictions("open").unlink()  # what is missing is made again, from the trained run
-    monkeypatch.setattr(steps, "fit", lambda job, **_: job.out / "best.pt")
+    monkeypatch.setattr(pieces, "fit", lambda job, **_: job.out / "best.pt")
     assert run_tiny(study, tmp_path).results == outcome.results
     assert read_study(tmp_path).results == outcome.results
 
@@ -83,8 +85,8 @@ def test_every_result_comes_from_its_own_run_and_nothing_is_done_twice(
 def test_an_added_attempt_trains_only_itself(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_tiny(tiny_study(corpus, {"a": CTC_KD}, held_out=["t1"]), tmp_path)
     trained: list[str] = []
-    fit = steps.fit
-    monkeypatch.setattr(steps, "fit", lambda job, **more: (trained.append(job.name), fit(job, **more))[1])
+    fit = pieces.fit
+    monkeypatch.setattr(pieces, "fit", lambda job, **more: (trained.append(job.name), fit(job, **more))[1])
     run_tiny(tiny_study(corpus, {"a": CTC_KD, "b": {}}, held_out=["t1"], name="another"), tmp_path)
     assert trained == ["b"]
 
@@ -104,17 +106,17 @@ def test_a_failed_attempt_is_named_the_others_go_on_and_the_exit_is_not_zero(cor
 
 
 def test_a_collapsed_run_is_tested_as_it_is(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fit = steps.fit
+    fit = pieces.fit
 
     def collapse(job: Job, **more: Any) -> None:
         fit(job, **more)
         raise CollapsedRunError(Finding("collapse", "refuse", job.name, "It says nothing.", "So what.", "Stop."))
 
-    monkeypatch.setattr(steps, "fit", collapse)
+    monkeypatch.setattr(pieces, "fit", collapse)
     outcome = run_tiny(tiny_study(corpus, {"a": {}}, held_out=["t1"]), tmp_path)
     assert len(outcome.results[0].of("open")) == 8
     with monkeypatch.context() as patch:
-        patch.setattr(steps, "fit", no_training)
+        patch.setattr(pieces, "fit", no_training)
         run_tiny(tiny_study(corpus, {"a": {}}, held_out=["t1"]), tmp_path)
     parented = run_study(tiny_study(corpus, {"a": {"start": "parent"}}, held_out=["t1"]), tmp_path / "p")
     assert set(parented.progress.states.values()) == {"failed", "left out"}  # a parent that says nothing is no parent
@@ -151,6 +153,43 @@ def test_time_left_is_what_is_known_of_each_kind_over_the_workers(corpus: Corpus
     first = work.steps[0].key
     progress.states[first], progress.seconds[first] = "done", 10.0
     assert watcher.left_s(progress) == pytest.approx(3 * 10.0 / 2)
+
+
+def test_time_left_is_unknown_until_every_kind_of_training_is_known(corpus: Corpus, tmp_path: Path) -> None:
+    study = tiny_study(corpus, {"a": {"start": "parent"}, "b": CTC_KD}, held_out=["t1"])
+    work = steps.Planner(study, corpus, tmp_path).plan()
+    watcher = study_run._Watcher(study, work, tmp_path, print, 1)
+    progress = study_run.Progress(dict.fromkeys((s.key for s in work.steps), "waiting"))
+    of_kind = {kind: [s for s in work.steps if s.kind == kind] for kind in ("parent", "teacher", "attempt")}
+    for kind, seconds in (("parent", 40.0), ("teacher", 2.0)):  # an attempt is neither
+        for step in of_kind[kind]:
+            progress.states[step.key], progress.seconds[step.key] = "done", seconds
+    assert watcher.left_s(progress) is None
+    assert "not known yet" in watcher._left(progress)
+    at_work = of_kind["attempt"][0]
+    progress.states[at_work.key] = "running"
+    at_work.folder.mkdir(parents=True)
+    status = {"state": "running", "pid": os.getpid(), "host": platform.node(), "started": "2026-01-01T10:00:00+00:00"}
+    (at_work.folder / "status.json").write_text(json.dumps(status))
+    assert watcher.left_s(progress) is None  # it has made no step
+    status["expected_finish"] = "2026-01-01T10:01:00+00:00"
+    (at_work.folder / "status.json").write_text(json.dumps(status))
+    rest = len(work.steps) - 1 - len(of_kind["teacher"]) - 2  # posteriors and targets
+    assert watcher.left_s(progress) == pytest.approx(2 * 60.0 + rest * (40.0 + 2.0 + 60.0) / 3)
+    progress.states[at_work.key], progress.seconds[at_work.key] = "done", 30.0
+    assert watcher.left_s(progress) == pytest.approx(30.0 + rest * (40.0 + 2.0 + 30.0) / 3)
+
+
+@pytest.mark.parametrize("section", ["train", "teach.parent", "teach.teacher"])
+def test_a_missing_logger_is_said_before_any_training(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: str
+) -> None:
+    monkeypatch.setattr(loggers, "find_spec", lambda package: None)
+    monkeypatch.setattr(pieces, "fit", no_training)
+    study = tiny_study(corpus, {"a": {}, "b": {"set": {f"{section}.loggers": ["wandb"]}}}, held_out=["t1"])
+    with pytest.raises(ConfigError, match=r"wandb, which is not installed.*pip install wandb"):
+        run_study(study, tmp_path / "out")
+    assert not (tmp_path / "out" / STATE).exists()
 
 
 def test_another_process_is_not_disturbed(corpus: Corpus, tmp_path: Path) -> None:
@@ -280,3 +319,23 @@ def test_several_processes_give_the_same_table(corpus: Corpus, tmp_path: Path) -
     for jobs in (1, 2):
         done("study", "run", path, "--out", tmp_path / str(jobs), "--jobs", jobs)
     assert tables(tmp_path / "1") == tables(tmp_path / "2") != {}
+
+
+def test_a_pretrained_encoder_starts_every_attempt_and_is_a_baseline_by_itself(corpus: Corpus, tmp_path: Path) -> None:
+    archive = tmp_path / "encoder.nemo"
+    archive.write_bytes((Path(__file__).parent / "data" / "nemo_golden.nemo").read_bytes())
+    config = CONFIG | {"model": {"pretrained": str(archive), "size": None, "decoder_layers": 1}}
+    study = tiny_study(corpus, {"plain": {}}, config=config, held_out=["t1"], baselines=True)
+    outcome = run_tiny(study, tmp_path / "study")
+    found = {result.system: result for result in outcome.results}
+    assert found["pretrained, zero-shot"].of("open")
+    status = json.loads((found["plain"].runs[0] / "status.json").read_text())
+    assert status["loaded"]["of"] > 0
+    keys = {step.key for step in outcome.work.steps}
+    moved = tmp_path / "moved.nemo"
+    archive.rename(moved)
+    again = tiny_study(
+        corpus, {"plain": {}}, held_out=["t1"], baselines=True,
+        config=CONFIG | {"model": {"pretrained": str(moved), "size": None, "decoder_layers": 1}},
+    )  # fmt: skip
+    assert {step.key for step in steps.Planner(again, corpus, tmp_path / "study").plan().steps} == keys

@@ -80,6 +80,8 @@ def _heading(view: View) -> Text:
         text.append(f", {' · '.join(f'{count} {state}' for state, count in view.pieces.items())}")
     if view.left_s is not None:
         text.append(f", {clock(view.left_s)} left")
+    elif view.state == "running" and view.pieces:
+        text.append(", time left not known yet")
     if view.sentence:
         text.append(f"\n{view.sentence}", style="red" if view.state in ("killed", "failed") else "dim")
     return text

@@ -13,12 +13,14 @@ from rich.console import Console
 
 from xded.doctor.examine import examine_all
 from xded.findings import Finding
-from xded.report.study_page import write_study_page
+from xded.report.study_page import JOULES_A_WH, write_study_page
 from xded.report.study_tables import StudyTables, answers_table, claims_table, tables_of
 from xded.report.tables import Table
+from xded.study.engine import Progress
+from xded.study.pieces import DECODES
 from xded.study.plan import NextStep
 from xded.study.run import Outcome
-from xded.study.steps import DECODES
+from xded.study.steps import Work
 from xded.study.verdict import Answer, answer_all, next_step, pooled, scores_of
 from xded.training.status import write_atomically
 
@@ -70,12 +72,13 @@ class StudyReport:
         return {s.title: errors[s.key] for s in self.outcome.work.steps if s.key in errors}
 
     def cost(self) -> str:
-        """Minutes of the last call, of all pieces, and what sharing saved."""
+        """Minutes of the last call, of all pieces, what sharing saved, and energy where it is known."""
         work, progress = self.outcome.work, self.outcome.progress
         spent = sum(progress.seconds.values()) / 60
         return (
             f"{self.outcome.minutes:.1f} minutes in the last call; all pieces together took {spent:.1f} minutes. "
-            f"{len(work.steps)} pieces did the work of {work.single_runs}."
+            f"{len(work.steps)} pieces did the work of {work.single_runs}, which would have taken "
+            f"{unshared_s(work, progress) / 60:.1f} minutes. {energy(progress)}"
         )
 
     @property
@@ -120,6 +123,28 @@ class StudyReport:
             ],
             "cost": self.cost(),
         }
+
+
+def unshared_s(work: Work, progress: Progress) -> float:
+    """Seconds of all pieces, were those that several attempts need done for each of them again (`single_runs`)."""
+    steps = {step.key: step for step in work.steps}
+    needed: dict[str, set[str]] = {}
+    for step in work.steps:  # in an order that satisfies their needs
+        needed[step.key] = {step.key}.union(*(needed[need] for need in steps[step.key].needs))
+    alone = [key for cell in work.cells for key in needed[cell.key]] + [baseline.key for baseline in work.baselines]
+    return sum(progress.seconds.get(key, 0.0) for key in alone)
+
+
+def energy(progress: Progress) -> str:
+    """What all pieces used together, in a sentence."""
+    done, known = progress.count("done"), progress.joules
+    if not known:
+        return "Energy not known on this machine (no readable counter)."
+    of = "" if len(known) == done else f", of {len(known)} of {done} pieces"
+    return (
+        f"Energy {sum(known.values()) / JOULES_A_WH:.1f} Wh{of}: of whole processor packages and memory, shared out by "
+        "CPU time; without GPUs."
+    )
 
 
 def finish(outcome: Outcome, out: Path, study_argument: str) -> StudyReport:

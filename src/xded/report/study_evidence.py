@@ -28,9 +28,10 @@ from xded.models.recogniser import load_recogniser
 from xded.report.study_tables import StudyTables
 from xded.scoring import Prediction, is_right
 from xded.study.outcome import Result
+from xded.study.pieces import DECODES
 from xded.study.plan import DecodeName
 from xded.study.run import Outcome
-from xded.study.steps import DECODES, Cell
+from xded.study.steps import Cell
 from xded.tokenizer import normalise
 from xded.training.data import features_of
 

@@ -42,6 +42,11 @@ TEMPLATE = "study_page.html"
 MOST_PANELS = 10  # attempts with pictures of their own: keeps the page small
 CONFUSIONS_SHOWN = 8
 TITLES_SHOWN = 20  # of pieces that are not done
+JOULES_A_WH = 3600.0
+MEASURED = (
+    "Wh: what whole processor packages and their memory used (RAPL counters), shared out by CPU time among all that "
+    "ran meanwhile; pieces that could not be measured are left out, and so are GPUs."
+)
 INTERVAL = re.compile(r"^(?P<value>-?[\d.]+) (?P<interval>\[[^\]]+\])$")
 STATES = {
     "running": "running",
@@ -240,21 +245,23 @@ def _versions(versions: Sequence[tuple[str, str, int]]) -> Grid:
 
 
 def _costs(outcome: Outcome) -> list[Grid]:
-    """Minutes by kind of work, and by attempt."""
-    states, seconds = outcome.progress.states, outcome.progress.seconds
+    """Minutes, and energy where any is known, by kind of work and by attempt."""
+    states, seconds, joules = outcome.progress.states, outcome.progress.seconds, outcome.progress.joules
 
     def row(name: str, keys: Sequence[str]) -> tuple[str, ...]:
         spent = [seconds[key] / 60 for key in keys if states[key] == "done"]
+        used = [joules[key] / JOULES_A_WH for key in keys if key in joules]
         mean = f"{sum(spent) / len(spent):.2f}" if spent else "-"
-        return (name, str(len(keys)), str(len(spent)), f"{sum(spent):.1f}", mean)
+        energy = (f"{sum(used):.2f}" if used else "-",) if joules else ()
+        return (name, str(len(keys)), str(len(spent)), f"{sum(spent):.1f}", mean, *energy)
 
     work = outcome.work
     kinds = dict.fromkeys(step.kind for step in work.steps)
     by_kind = [row(kind, [s.key for s in work.steps if s.kind == kind]) for kind in kinds]
     by_kind.append(row("all", [s.key for s in work.steps]))
     by_attempt = [row(a, [c.key for c in work.cells if c.attempt == a]) for a in outcome.study.attempts]
-    columns = ("pieces", "done", "minutes", "minutes each")
-    return [Grid("By kind of work", ("kind", *columns), tuple(by_kind)),
+    columns = ("pieces", "done", "minutes", "minutes each", *(("Wh",) if joules else ()))
+    return [Grid("By kind of work", ("kind", *columns), tuple(by_kind), MEASURED if joules else ""),
             Grid("By attempt (training and test)", ("attempt", *columns), tuple(by_attempt))]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from xded.report.main_job import CHANCE
 from xded.report.tables import Table, cell
 from xded.scoring import Prediction, Scores
 from xded.study.outcome import BEST_TEACHER, ORACLE, VOTE, Result
-from xded.study.plan import DecodeName, Study
+from xded.study.plan import ZERO_SHOT, DecodeName, Study
 from xded.study.verdict import Answer, Paired, compare_all, pooled, scores_of
 
 NOT_DONE = "-"
@@ -36,7 +36,7 @@ def systems_of(study: Study, results: Sequence[Result]) -> list[str]:
     there = list(dict.fromkeys(r.system for r in results))
     teachers = sorted(s for s in there if s.startswith("teacher "))
     derived = [r.system for r in results if r.source == "derived" and r.system not in (BEST_TEACHER, VOTE, ORACLE)]
-    before = ["parent", *dict.fromkeys(derived), *teachers, BEST_TEACHER, VOTE, ORACLE]
+    before = [ZERO_SHOT, "parent", *dict.fromkeys(derived), *teachers, BEST_TEACHER, VOTE, ORACLE]
     attempts = [name for name in study.attempts if name in there]
     first = [s for s in before if s in there]
     return first + attempts + [s for s in there if s not in first and s not in attempts]

@@ -21,7 +21,9 @@ import torch
 
 from xded.errors import TrainingError, XdedError
 from xded.parallel import worker
-from xded.study.steps import DECODES, Step, predictions_in
+from xded.study.pieces import DECODES, predictions_in
+from xded.study.steps import Step
+from xded.training.energy import Meter
 from xded.training.loop import InterruptedRunError
 from xded.training.status import write_atomically
 
@@ -51,6 +53,15 @@ class Progress:
     states: dict[str, State]
     seconds: dict[str, float] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
+    joules: dict[str, float] = field(default_factory=dict)  # of pieces where it could be measured
+
+    def finish(self, step: Step) -> None:
+        """Notes that a piece is done, and what it says that it took."""
+        mark = _mark_of(step)
+        self.states[step.key] = "done"
+        self.seconds[step.key] = float(mark.get("seconds", 0.0))
+        if mark.get("joules") is not None:
+            self.joules[step.key] = float(mark["joules"])
 
     def count(self, state: State) -> int:
         """Pieces in a state."""
@@ -72,11 +83,6 @@ def _mark_of(step: Step) -> dict[str, Any]:
     return mark if isinstance(mark, dict) else {}
 
 
-def seconds_of(step: Step) -> float | None:
-    """What a finished piece took."""
-    return float(_mark_of(step).get("seconds", 0.0)) if is_done(step) else None
-
-
 def do(step: Step) -> float:
     """Does a piece and leaves its mark; returns the seconds that it took.
 
@@ -85,10 +91,13 @@ def do(step: Step) -> float:
     """
     torch.set_num_threads(1)
     begun = time.monotonic()
-    step.work()
+    with Meter() as meter:
+        step.work()
     seconds = round(time.monotonic() - begun, 2)
     step.folder.mkdir(parents=True, exist_ok=True)
-    mark = {"key": step.key, "kind": step.kind, "title": step.title, "seconds": seconds}
+    mark = {
+        "key": step.key, "kind": step.kind, "title": step.title, "seconds": seconds, "joules": meter.joules
+    }  # fmt: skip
     write_atomically(step.folder / DONE, json.dumps(mark))
     return seconds
 
@@ -194,10 +203,10 @@ def run(
         finished = wait(running, timeout=HEARTBEAT_S, return_when=FIRST_COMPLETED).done if running else set()
         for future in finished:
             step, error = running.pop(future), future.exception()
-            if not isinstance(error, workers.lost):
-                _settle(step, future.exception(), steps, progress)
-                if error is None:
-                    progress.seconds[step.key] = future.result()
+            if error is None:
+                progress.finish(step)
+            elif not isinstance(error, workers.lost):
+                _settle(step, error, steps, progress)
             elif losses[step.key] < MOST_LOSSES:
                 losses[step.key] += 1
                 progress.states[step.key] = "waiting"  # it goes on from its last checkpoint
@@ -219,7 +228,11 @@ def begin(steps: Sequence[Step]) -> Progress:
     states: dict[str, State] = {
         s.key: "done" if s.key in done else "waiting" if s.key in wanted else "not needed" for s in steps
     }
-    return Progress(states, {step.key: seconds_of(step) or 0.0 for step in steps if step.key in done})
+    progress = Progress(states)
+    for step in steps:
+        if step.key in done:
+            progress.finish(step)
+    return progress
 
 
 def _given_up(step: Step) -> XdedError:
@@ -240,11 +253,8 @@ def _startable(steps: Sequence[Step], progress: Progress, free: int) -> Iterator
             yield step
 
 
-def _settle(step: Step, error: BaseException | None, steps: Sequence[Step], progress: Progress) -> None:
-    """Notes how a piece ended; what needs a failed one is left out."""
-    if error is None:
-        progress.states[step.key] = "done"
-        return
+def _settle(step: Step, error: BaseException, steps: Sequence[Step], progress: Progress) -> None:
+    """Notes that a piece has failed; what needs it is left out."""
     progress.states[step.key] = "failed"
     progress.errors[step.key] = str(error) if isinstance(error, XdedError) else f"{type(error).__name__}: {error}"
     lost = {step.key}

@@ -12,11 +12,12 @@ from rapidfuzz.distance import Levenshtein
 
 from xded.scoring import Prediction, read_predictions
 from xded.study.engine import Progress
+from xded.study.pieces import DECODES
 from xded.study.plan import BEST_TEACHER as BEST_TEACHER
 from xded.study.plan import MEAN_TEACHER, PARENT, TEACHER, DecodeName
 from xded.study.plan import ORACLE as ORACLE
 from xded.study.plan import VOTE as VOTE
-from xded.study.steps import DECODES, Cell, Work
+from xded.study.steps import Cell, Work
 from xded.teachers.crosstest import best_by_speaker, oracle, vote
 from xded.tokenizer import normalise
 

@@ -23,6 +23,7 @@ SUSPECT: Final = "suspect"
 EVALUATION = "evaluation"  # what `next` calls the examination of the evaluation itself
 # systems that a study's tables hold besides its attempts
 PARENT = "parent"
+ZERO_SHOT = "pretrained, zero-shot"
 TEACHER = "teacher "  # and the speaker
 MEAN_TEACHER = "mean of the teachers"
 BEST_TEACHER = "best teacher"  # of each speaker, chosen after the fact
@@ -268,7 +269,25 @@ def build(data: Mapping[str, Any], where: str) -> Study:
                 f"{where}: attempt '{name}' chooses teachers ({attempt.teachers}) that it never listens to.",
                 "Give it objective.ctc_kd or objective.decoder_kd, or leave teachers out.",
             )
+        _require_difficulty(config, attempt, f"{where}: attempt '{name}'")
     return study
+
+
+def _require_difficulty(config: Config, attempt: Attempt, who: str) -> None:
+    """Raises when an attempt's curriculum needs a parent or targets that the attempt does not have."""
+    asked = config.train.curriculum
+    if asked.schedule == "none":
+        return
+    if asked.difficulty == "parent" and attempt.start != "parent":
+        raise StudyError(
+            f"{who} orders recordings by the parent's loss (train.curriculum.difficulty), and starts from scratch.",
+            "Give it start: parent, or set train.curriculum.difficulty to duration, targets or random.",
+        )
+    if asked.difficulty == "targets" and not uses_targets(config):
+        raise StudyError(
+            f"{who} orders recordings by targets (train.curriculum.difficulty), and has none.",
+            "Give it a KD objective, or set train.curriculum.difficulty to parent, duration or random.",
+        )
 
 
 def uses_targets(config: Config) -> bool:

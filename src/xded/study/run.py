@@ -17,17 +17,19 @@ from xded.corpus.manifest import Corpus, read_corpus
 from xded.corpus.synthetic import make_embedded_corpus
 from xded.errors import CorpusError
 from xded.models.checkpoints import sha256_of
-from xded.study.engine import LocalWorkers, Progress, Workers, is_done, run, seconds_of
+from xded.study.engine import LocalWorkers, Progress, Workers, is_done, run
 from xded.study.folder import STUDY, locked, read_state, require_format, write_state
 from xded.study.imported import imported_results
 from xded.study.outcome import Result, collect
 from xded.study.plan import Study, StudyError, load
-from xded.study.steps import Planner, Step, Work
+from xded.study.steps import Kind, Planner, Step, Work
+from xded.training.loggers import need_packages
 from xded.training.loop import InterruptedRunError
-from xded.training.status import clock, now, write_atomically
+from xded.training.status import StatusError, clock, now, read_status, write_atomically
 
 STATE_EVERY_S = 2.0
 SAY_EVERY_S = 15.0
+TRAINING: tuple[Kind, ...] = ("parent", "teacher", "attempt")  # kinds of pieces that take most of the time
 CORPUS = "corpus"  # folder of the embedded corpus
 StudyState = Literal["running", "killed", "finished", "failed"]
 
@@ -94,6 +96,7 @@ def run_study(
 def _run(study: Study, out: Path, workers: Workers, say: Callable[[str], object]) -> Outcome:
     with locked(out), closing(workers):  # what is still at work ends before another process may begin
         require_format(out)
+        require_loggers(study)
         corpus = corpus_of(study, out)
         require_audio(corpus)
         work = Planner(study, corpus, out).plan()
@@ -105,6 +108,17 @@ def _run(study: Study, out: Path, workers: Workers, say: Callable[[str], object]
         results = [*collect(work, progress, corpus.texts, study.base().tokenizer.normaliser), *imported_results(out)]
         minutes = (time.monotonic() - watcher.begun) / 60
         return Outcome(study, corpus, work, progress, tuple(results), minutes, ended(progress))
+
+
+def require_loggers(study: Study) -> None:
+    """Raises when a run of the study would find that a logger's package is missing.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    for name in study.attempts:
+        config = study.config_of(name)
+        need_packages({*config.train.loggers, *config.teach.parent.loggers, *config.teach.teacher.loggers})
 
 
 def require_audio(corpus: Corpus) -> None:
@@ -187,7 +201,7 @@ def _progress_of(work: Work, kept: dict[str, dict[str, Any]], *, running: bool) 
         piece = kept.get(step.key, {})
         state = piece.get("state", "waiting")
         if is_done(step):
-            progress.states[step.key], progress.seconds[step.key] = "done", seconds_of(step) or 0.0
+            progress.finish(step)
         elif state in ("failed", "left out", "not needed"):
             progress.states[step.key] = state
             if piece.get("error"):
@@ -195,6 +209,16 @@ def _progress_of(work: Work, kept: dict[str, dict[str, Any]], *, running: bool) 
         else:
             progress.states[step.key] = "running" if state == "running" and running else "waiting"
     return progress
+
+
+def said_by(step: Step) -> list[float]:
+    """Seconds from start to end that a run at work expects of itself, once it has made a step; else nothing."""
+    try:
+        status = read_status(step.folder)
+        begun, end = (datetime.fromisoformat(status[key]) for key in ("started", "expected_finish"))
+    except (StatusError, KeyError, TypeError, ValueError):
+        return []
+    return [(end - begun).total_seconds()] if status["state"] == "running" else []
 
 
 class _Watcher:
@@ -221,7 +245,7 @@ class _Watcher:
 
     def _left(self, progress: Progress) -> str:
         seconds = self.left_s(progress)
-        return "" if seconds is None else f", {clock(seconds)} left"
+        return ", time left not known yet" if seconds is None else f", {clock(seconds)} left"
 
     def fits(self, step: Step, progress: Progress) -> bool:
         """Whether the budget has room for one more piece of the kind, as far as is known what one takes."""
@@ -238,13 +262,25 @@ class _Watcher:
                 known.setdefault(step.kind, []).append(progress.seconds[step.key])
         return {kind: fmean(seconds) for kind, seconds in known.items()}
 
-    def left_s(self, progress: Progress) -> float | None:
-        """Seconds left, were all workers busy to the end; none before any piece is known."""
+    def _expected_s(self, progress: Progress) -> dict[str, float]:
+        """What a piece of each kind takes, as far as is known: what finished ones took, else what one at work says."""
         known = self._mean_s(progress)
-        if not known:
+        said: dict[str, list[float]] = {}
+        for step in self.work.steps:
+            if progress.states[step.key] == "running" and step.kind in TRAINING and step.kind not in known:
+                said.setdefault(step.kind, []).extend(said_by(step))
+        return known | {kind: fmean(seconds) for kind, seconds in said.items() if seconds}
+
+    def left_s(self, progress: Progress) -> float | None:
+        """Seconds left, were all workers busy to the end; none before a training of each kind that is left is known.
+
+        The teachers, which come first, take a fraction of what an attempt does.
+        """
+        known = self._expected_s(progress)
+        left = [s for s in self.work.steps if progress.states[s.key] in ("waiting", "running")]
+        if not known or {step.kind for step in left} & set(TRAINING) - known.keys():
             return None
-        waiting = [s for s in self.work.steps if progress.states[s.key] in ("waiting", "running")]
-        return sum(known.get(step.kind, fmean(known.values())) for step in waiting) / self.slots
+        return sum(known.get(step.kind, fmean(known.values())) for step in left) / self.slots
 
     def state(self, progress: Progress, final: bool) -> dict[str, Any]:
         """What state.json says."""

@@ -269,12 +269,10 @@ def _study_view(out: Path) -> View:
     others = tuple(_piece(out, piece) for piece in at_work)
     signs = [_since(state.get("heartbeat")), _age(lock), *(row.silent_s for row in (*rows, *others))]
     silent_s = min((sign for sign in signs if sign is not None), default=None)
-    left_s = None
-    if running:  # before any attempt has ended, what runs knows better than the study
+    left_s, said_s = None, state.get("left_s")
+    if running and said_s is not None:  # none: nothing is known of what is still waiting
         known_s = [row.left_s for row in (*rows, *others) if row.left_s is not None]
-        said_s = state.get("left_s")
-        known_s += [max(0.0, said_s - (_since(state.get("heartbeat")) or 0.0))] if said_s is not None else []
-        left_s = max(known_s, default=None)
+        left_s = max(0.0, said_s - (_since(state.get("heartbeat")) or 0.0), *known_s)
     counts = Counter(_shown_state(piece, running) for piece in state["pieces"])
     return View(
         str(state.get("study", out.name)),

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,23 +17,30 @@ from typing import Any, Literal
 
 from xded.config import Config, DecodeConfig, ObjectiveConfig, TargetConfig, TeachConfig, TrainConfig
 from xded.corpus.folds import Split, make_fold
-from xded.corpus.manifest import Corpus, Recording, read_corpus
-from xded.models.recogniser import load_recogniser
-from xded.scoring import write_predictions
+from xded.corpus.manifest import Corpus, Recording
+from xded.models.pretrained import fitted, open_pretrained, tokenizer_at
 from xded.study.folder import FORMAT
-from xded.study.plan import PARENT, TEACHER, Attempt, DecodeName, Study, StudyError, stages_for, uses_targets
-from xded.targets.store import Store, audio_hash
+from xded.study.pieces import aggregate_all, ask_about, ask_zero_shot, fit_and_test, fit_job, predictions_in
+from xded.study.plan import (
+    PARENT,
+    TEACHER,
+    ZERO_SHOT,
+    Attempt,
+    DecodeName,
+    Study,
+    StudyError,
+    stages_for,
+    uses_targets,
+)
+from xded.targets.store import audio_hash
 from xded.teachers.adapt import Teachers, jobs_of, parts_of
-from xded.teachers.posteriors import KINDS, aggregate, extract
+from xded.teachers.posteriors import extract
 from xded.tokenizer import Tokenizer
-from xded.training.data import TrainingData
-from xded.training.evaluation import recognise, share_seen
+from xded.training.evaluation import share_seen
 from xded.training.job import Job
-from xded.training.loop import CollapsedRunError
-from xded.training.run import PATHS, fit, flat
+from xded.training.run import PATHS, flat
 
 Kind = Literal["parent", "teacher", "posteriors", "targets", "attempt", "test"]
-DECODES: tuple[DecodeName, ...] = ("open", "word list")
 # on these no result depends, or something else in the key stands for them
 PLACE_ONLY = PATHS | {
     f"{section}.{key}"
@@ -98,11 +104,6 @@ class Work:
     words_heard: str = "unknown"  # whether training has heard the tested words: seen, mixed or unseen
 
 
-def predictions_in(folder: Path, decode: DecodeName) -> Path:
-    """`predictions.jsonl` is the open one, as 'xded evaluate' writes it."""
-    return folder / ("predictions.jsonl" if decode == "open" else "predictions_word_list.jsonl")
-
-
 def key_of(*parts: Any) -> str:
     """SHA-256 of JSON-able parts, and of the format of pieces."""
     return hashlib.sha256(json.dumps([FORMAT, *parts], sort_keys=True).encode()).hexdigest()
@@ -112,6 +113,8 @@ def settings(config: Config, *sections: str) -> dict[str, Any]:
     """Config values on which a result depends: all, or those of some sections; never paths or devices."""
     leaves = flat(config.model_dump(mode="json"))
     kept = {key: value for key, value in leaves.items() if key not in PLACE_ONLY}
+    if config.model.pretrained is not None:
+        kept["model.pretrained"] = open_pretrained(config.model.pretrained).sha256
     return {key: value for key, value in kept.items() if not sections or key.startswith(sections)}
 
 
@@ -205,7 +208,7 @@ class Planner:
 
     def _fold_config(self, config: Config, held_out: Sequence[str], **changes: Any) -> Config:
         fold = config.fold.model_copy(update={"held_out": tuple(held_out), **changes})
-        return config.model_copy(update={"fold": fold, "corpus": self.corpus.path})
+        return fitted(config.model_copy(update={"fold": fold, "corpus": self.corpus.path}))
 
     def parts(self, config: Config) -> tuple[Split, list[str]]:
         """The split of a fold, and hashes of what is in its three parts."""
@@ -353,7 +356,7 @@ class Planner:
             own = without_targets(own)
         train = own.train.model_copy(update={"init": init})
         if self.study.updates is not None:
-            stages = train.stages_run
+            stages = own.model_copy(update={"train": train}).stages_run
             if not stages:
                 raise StudyError(
                     f"Attempt '{name}' starts from scratch, and every stage of it freezes the encoder.",
@@ -377,7 +380,7 @@ class Planner:
         path = config.tokenizer.path
         if path is None:
             return None
-        return hashlib.sha256(Tokenizer.load(path, config.tokenizer.normaliser).model_bytes).hexdigest()
+        return hashlib.sha256(tokenizer_at(path, config.tokenizer.normaliser).model_bytes).hexdigest()
 
     def _tokenizer(self, config: Config, parts: Split, hashes: Sequence[str], teachers: TeacherSet | None) -> Tokenizer:
         """The teachers', the given one, or one made of the training texts (the same texts give the same tokenizer)."""
@@ -385,7 +388,7 @@ class Planner:
         if teachers is not None:
             return Tokenizer.load(teachers.folder.tokenizer, section.normaliser)
         if section.path is not None:
-            return Tokenizer.load(section.path, section.normaliser)
+            return tokenizer_at(section.path, section.normaliser)
         key = section.model_dump_json() + hashes[0]
         if key not in self._tokenizers:
             texts = {recording.text for recording in parts.train}
@@ -411,7 +414,20 @@ class Planner:
             title = f"test of {system} on {'+'.join(held_out)}"
             self.add(key, "test", title, folder, (made,), work)
             baselines.append(Baseline(system, held_out, key, folder))
-        return baselines
+        return [*self._zero_shot(config, held_out, parts.test, hashes[2]), *baselines]
+
+    def _zero_shot(
+        self, config: Config, held_out: tuple[str, ...], test: Sequence[Recording], test_hash: str
+    ) -> list[Baseline]:
+        """The pretrained model by itself, where it is a recogniser and no bare encoder."""
+        path = config.model.pretrained
+        if path is None or not open_pretrained(path).recognises:
+            return []
+        key = key_of("zero-shot", open_pretrained(path).sha256, test_hash, self.corpus.texts)
+        folder = self.folder("tests", key)
+        work = partial(ask_zero_shot, path, test, self.corpus.texts, folder)
+        self.add(key, "test", f"test of {ZERO_SHOT} on {'+'.join(held_out)}", folder, (), work)
+        return [Baseline(ZERO_SHOT, held_out, key, folder)]
 
 
 @dataclass(frozen=True)
@@ -421,58 +437,3 @@ class TeacherSet:
     folder: Teachers
     parent_key: str
     keys: dict[str, str]
-
-
-# --- the work itself: module-level functions, so that other processes can be given them ---------------------
-
-
-def fit_job(job: Job) -> None:
-    """Trains, or goes on."""
-    fit(replace(job, facts={}), resume=True, quiet=True)
-
-
-def fit_and_test(
-    job: Job, test: Sequence[Recording], words: Sequence[str], decodes: Mapping[DecodeName, DecodeConfig], seed: int
-) -> None:
-    """Trains an attempt and asks it about the test recordings.
-
-    A run that has collapsed is tested as it is: that it learns nothing may be the answer.
-    """
-    with suppress(CollapsedRunError):
-        fit_job(job)
-    ask_about(job.out / "best.pt", test, words, decodes, job.out, seed)
-
-
-def ask_about(
-    checkpoint: Path,
-    test: Sequence[Recording],
-    words: Sequence[str],
-    decodes: Mapping[DecodeName, DecodeConfig],
-    out: Path,
-    seed: int = 0,
-) -> None:
-    """Predictions of every decode mode."""
-    out.mkdir(parents=True, exist_ok=True)
-    recogniser = load_recogniser(checkpoint)
-    data = TrainingData(test, recogniser.student.front_end, recogniser.tokenizer)
-    for decode, how in decodes.items():
-        listed = words if how.word_list else None
-        write_predictions(
-            predictions_in(out, decode), recognise(recogniser.student, data, how, word_list=listed, seed=seed)
-        )
-
-
-def aggregate_all(
-    folders: dict[str, Path],
-    heard_by: dict[str, tuple[Recording, ...]],
-    recordings: Sequence[Recording],
-    corpus: Path,
-    config: Config,
-    out: Path,
-) -> None:
-    """One target a recording and kind."""
-    loaded = read_corpus(corpus)
-    kinds = KINDS if config.target.heard == "same_audio" else ("decoder",)
-    for kind in kinds:
-        stores = {speaker: Store(folder / kind) for speaker, folder in folders.items()}
-        aggregate(kind, stores, heard_by, recordings, loaded, config, out)

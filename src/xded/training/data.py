@@ -21,12 +21,15 @@ from xded.augment import augment
 from xded.config import AugmentConfig, FeatureConfig
 from xded.corpus.manifest import Recording
 from xded.features import LogMel
+from xded.models.hugging_face import HuggingFaceFrontEnd
 from xded.objectives import TopK
 from xded.targets.store import Posterior, Store
 from xded.tokenizer import Tokenizer
+from xded.training.curriculum import Curriculum
 
 KEPT_FEATURES = 30_000  # recordings whose features a process keeps: 3.8 GB at 4 s each
 POOL_BATCHES = 16  # batches whose recordings are sorted by length together, so that little is padding
+FrontEnd = LogMel | HuggingFaceFrontEnd
 
 
 @dataclass
@@ -57,34 +60,44 @@ class Batch:
 
 
 @lru_cache(maxsize=4)  # an epoch is asked for once a batch; a long run has thousands of epochs
-def batches_of_epoch(lengths: tuple[int, ...], batch_size: int, seed: int, epoch: int) -> tuple[tuple[int, ...], ...]:
-    """Indices of every batch of an epoch: shuffled, with recordings of like length together."""
+def batches_of_epoch(
+    lengths: tuple[int, ...], batch_size: int, seed: int, epoch: int, curriculum: Curriculum | None = None
+) -> tuple[tuple[int, ...], ...]:
+    """Indices of every batch of an epoch: shuffled, with recordings of like length together.
+
+    A curriculum changes whom the batches are drawn from, not their number or their sizes. A recording that an epoch
+    holds again has its index plus a multiple of the number of recordings: another copy, augmented in another way.
+    """
     random = np.random.default_rng([seed, epoch])
-    order = random.permutation(len(lengths))
-    pool = batch_size * POOL_BATCHES
+    count, pool = len(lengths), batch_size * POOL_BATCHES
+    offered = np.arange(count) if curriculum is None else curriculum.offered(epoch, batch_size)
+    passes = [offered[random.permutation(len(offered))] + copy * count for copy in range(-(-count // len(offered)))]
+    order = np.concatenate(passes)[:count]
     batches: list[tuple[int, ...]] = []
-    for start in range(0, len(order), pool):
-        by_length = sorted(order[start : start + pool].tolist(), key=lambda i: lengths[i])
+    for start in range(0, count, pool):
+        by_length = sorted(order[start : start + pool].tolist(), key=lambda i: lengths[i % count])
         batches += [tuple(by_length[i : i + batch_size]) for i in range(0, len(by_length), batch_size)]
     return tuple(batches[i] for i in random.permutation(len(batches)))
 
 
-def batch_of(lengths: tuple[int, ...], batch_size: int, seed: int, number: int) -> tuple[int, tuple[int, ...]]:
-    """Epoch (from 0) and indices of a batch, by its number in the whole run."""
+def batch_of(
+    lengths: tuple[int, ...], batch_size: int, seed: int, number: int, curriculum: Curriculum | None = None
+) -> tuple[int, tuple[int, ...]]:
+    """Epoch (from 0) and indices (as in `batches_of_epoch`) of a batch, by its number in the whole run."""
     epoch, place = divmod(number, -(-len(lengths) // batch_size))
-    return epoch, batches_of_epoch(lengths, batch_size, seed, epoch)[place]
+    return epoch, batches_of_epoch(lengths, batch_size, seed, epoch, curriculum)[place]
 
 
-def compute_features(path: Path, front_end: LogMel) -> np.ndarray:
-    """Features of a file: [T, mels] float32."""
-    waveform = read_audio(path, front_end.config.sample_rate)
+def compute_features(path: Path, front_end: FrontEnd) -> np.ndarray:
+    """Features of a file: [T, F] float32."""
+    waveform = read_audio(path, front_end.sample_rate)
     features, lengths = front_end(torch.from_numpy(waveform)[None], torch.tensor([len(waveform)]))
     return features[0, : int(lengths[0])].numpy()
 
 
 @lru_cache(maxsize=KEPT_FEATURES)
 def features_of(path: Path, config: FeatureConfig) -> np.ndarray:
-    """`compute_features` with normalisation per recording, kept for all runs of this process."""
+    """`compute_features` of `LogMel` with normalisation per recording, kept for all runs of this process."""
     return compute_features(path, _front_end(config))
 
 
@@ -102,18 +115,18 @@ class RunSampler(Sampler[list[tuple[int, int]]]):
 
     def __init__(
         self, lengths: Sequence[int], batch_size: int, seed: int, epochs: int, first: int = 0, *,
-        rank: int = 0, count: int = 1,
+        rank: int = 0, count: int = 1, curriculum: Curriculum | None = None,
     ) -> None:  # fmt: skip
         self.lengths, self.batch_size, self.seed = tuple(lengths), batch_size, seed
         self.first, self.total = first, -(-len(lengths) // batch_size) * epochs
-        self.rank, self.count = rank, count
+        self.rank, self.count, self.curriculum = rank, count, curriculum
 
     def __len__(self) -> int:
         return self.total - self.first
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for number in range(self.first, self.total):
-            epoch, batch = batch_of(self.lengths, self.batch_size, self.seed, number)
+            epoch, batch = batch_of(self.lengths, self.batch_size, self.seed, number, self.curriculum)
             yield [(epoch, index) for index in batch[self.rank :: self.count] or batch[:1]]
 
 
@@ -134,7 +147,7 @@ class TrainingData(Dataset[dict]):
     Args:
         recordings: what to serve.
         front_end: makes features; tokenizer: makes token ids.
-        augmentation: none for validation and tests.
+        augmentation: none for validation and tests, nor of waveforms: it is of log-mel features.
         ctc_targets, decoder_targets: stores of aggregated targets, or none.
         frame_rate_hz: encoded frames a second of the student; reduce: feature frames -> encoded frames.
     """
@@ -142,7 +155,7 @@ class TrainingData(Dataset[dict]):
     def __init__(
         self,
         recordings: Sequence[Recording],
-        front_end: LogMel,
+        front_end: FrontEnd,
         tokenizer: Tokenizer,
         *,
         augmentation: AugmentConfig | None = None,
@@ -160,6 +173,7 @@ class TrainingData(Dataset[dict]):
         self.tokens = [tokenizer.encode(recording.text) for recording in self.recordings]
         self.encoded: list[Tensor] | None = None  # outputs of the frozen encoder
         self.frozen_epochs = 0  # epochs in which they are served
+        self.curriculum: Curriculum | None = None  # what batches are drawn from; none: all recordings
         self.opened: dict[str, Path] = {}  # recording -> the file whose audio was served for it
         self.spread: dict[str, float] = {}  # recording -> standard deviation of its features before augmentation
         self._features: dict[int, np.ndarray] = {}
@@ -167,23 +181,30 @@ class TrainingData(Dataset[dict]):
     def __len__(self) -> int:
         return len(self.recordings)
 
+    def plain(self) -> TrainingData:
+        """The same without augmentation and targets; what is opened through it counts as opened."""
+        plain = copy.copy(self)
+        plain.augmentation = plain.ctc_targets = plain.decoder_targets = plain.encoded = None
+        return plain
+
     @property
     def lengths(self) -> list[int]:
         """Milliseconds of each recording: what batches are sorted by."""
         return [round(1000 * recording.duration) for recording in self.recordings]
 
     def features(self, index: int) -> np.ndarray:
-        """Features of a recording without augmentation: [T, mels]."""
-        path, config = self.recordings[index].audio_filepath, self.front_end.config
+        """Features of a recording without augmentation: [T, F]."""
+        path, front_end = self.recordings[index].audio_filepath, self.front_end
         self.opened[self.recordings[index].recording] = path
-        if config.normalisation == "per_recording":
-            return features_of(path, config)
+        if isinstance(front_end, LogMel) and front_end.config.normalisation == "per_recording":
+            return features_of(path, front_end.config)
         if index not in self._features:
-            self._features[index] = compute_features(path, self.front_end)
+            self._features[index] = compute_features(path, front_end)
         return self._features[index]
 
     def __getitem__(self, item: tuple[int, int]) -> dict:
-        epoch, index = item
+        epoch, index_of_copy = item  # as in `batches_of_epoch`
+        index = index_of_copy % len(self)
         recording = self.recordings[index]
         row: dict = {"recording": recording.recording, "speaker": recording.speaker, "tokens": self.tokens[index]}
         if self.encoded is not None and epoch < self.frozen_epochs:
@@ -192,8 +213,9 @@ class TrainingData(Dataset[dict]):
         else:
             features = self.features(index)
             self.spread.setdefault(recording.recording, float(features.std()))
-            if self.augmentation is not None:
-                features = augment(features, self.augmentation, np.random.default_rng([self.seed, epoch, index, 1]))
+            if self.augmentation is not None and not self.front_end.is_waveform:
+                random = np.random.default_rng([self.seed, epoch, index_of_copy, 1])
+                features = augment(features, self.augmentation, random)
             row["features"] = torch.from_numpy(features)
             frames = int(self.reduce(torch.tensor(len(features)))) if self.reduce else 0
         if self.ctc_targets is not None:

@@ -104,7 +104,7 @@ def epoch_line(row: dict[str, Any]) -> str:
 def render(status: dict[str, Any]) -> str:
     """A status as Markdown: the text of STATUS.md and of `xded status`."""
     lines = [f"# {status['name']}: {status['state']}", ""]
-    for title in ("message", "next", "data", "held_out", "teachers", "targets", "init", "tokenizer"):
+    for title in ("message", "next", "data", "held_out", "teachers", "targets", "curriculum", "init", "tokenizer"):
         if status.get(title):
             lines.append(f"- {title.replace('_', ' ')}: {status[title]}")
     counts = status.get("parameters", {})

@@ -1,0 +1,100 @@
+"""The work of a study's pieces: module-level functions, so that other processes and machines can be given them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from xded.config import Config, DecodeConfig
+from xded.corpus.manifest import Recording, read_corpus
+from xded.models.recogniser import Recogniser, load_recogniser
+from xded.scoring import write_predictions
+from xded.study.plan import DecodeName
+from xded.targets.store import Store
+from xded.teachers.posteriors import KINDS, aggregate
+from xded.training.data import TrainingData
+from xded.training.evaluation import recognise
+from xded.training.job import Job
+from xded.training.loop import CollapsedRunError
+from xded.training.run import fit
+
+DECODES: tuple[DecodeName, ...] = ("open", "word list")
+
+
+def predictions_in(folder: Path, decode: DecodeName) -> Path:
+    """`predictions.jsonl` is the open one, as 'xded evaluate' writes it."""
+    return folder / ("predictions.jsonl" if decode == "open" else "predictions_word_list.jsonl")
+
+
+def fit_job(job: Job) -> None:
+    """Trains, or goes on."""
+    fit(replace(job, facts={}), resume=True, quiet=True)
+
+
+def fit_and_test(
+    job: Job, test: Sequence[Recording], words: Sequence[str], decodes: Mapping[DecodeName, DecodeConfig], seed: int
+) -> None:
+    """Trains an attempt and asks it about the test recordings.
+
+    A run that has collapsed is tested as it is: that it learns nothing may be the answer.
+    """
+    with suppress(CollapsedRunError):
+        fit_job(job)
+    ask_about(job.out / "best.pt", test, words, decodes, job.out, seed)
+
+
+def ask_about(
+    checkpoint: Path,
+    test: Sequence[Recording],
+    words: Sequence[str],
+    decodes: Mapping[DecodeName, DecodeConfig],
+    out: Path,
+    seed: int = 0,
+) -> None:
+    """Predictions of every decode mode."""
+    ask(load_recogniser(checkpoint), test, words, decodes, out, seed)
+
+
+def ask_zero_shot(path: Path, test: Sequence[Recording], words: Sequence[str], out: Path) -> None:
+    """The same of a pretrained recogniser, in its own way and with the words that its tokenizer can write."""
+    recogniser = load_recogniser(path)
+    lost = recogniser.tokenizer.unspellable(words)
+    how = recogniser.config.decode
+    decodes: dict[DecodeName, DecodeConfig] = {"open": how, "word list": how.model_copy(update={"word_list": True})}
+    ask(recogniser, test, [word for word in words if word not in lost], decodes, out)
+
+
+def ask(
+    recogniser: Recogniser,
+    test: Sequence[Recording],
+    words: Sequence[str],
+    decodes: Mapping[DecodeName, DecodeConfig],
+    out: Path,
+    seed: int = 0,
+) -> None:
+    """Predictions of every decode mode."""
+    out.mkdir(parents=True, exist_ok=True)
+    data = TrainingData(test, recogniser.student.front_end, recogniser.tokenizer)
+    for decode, how in decodes.items():
+        listed = words if how.word_list else None
+        write_predictions(
+            predictions_in(out, decode), recognise(recogniser.student, data, how, word_list=listed, seed=seed)
+        )
+
+
+def aggregate_all(
+    folders: dict[str, Path],
+    heard_by: dict[str, tuple[Recording, ...]],
+    recordings: Sequence[Recording],
+    corpus: Path,
+    config: Config,
+    out: Path,
+) -> None:
+    """One target a recording and kind."""
+    loaded = read_corpus(corpus)
+    kinds = KINDS if config.target.heard == "same_audio" else ("decoder",)
+    for kind in kinds:
+        stores = {speaker: Store(folder / kind) for speaker, folder in folders.items()}
+        aggregate(kind, stores, heard_by, recordings, loaded, config, out)
