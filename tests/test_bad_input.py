@@ -108,7 +108,7 @@ REFUSED = {
     ),
     "file that is no tokenizer": (
         f"teach {TINY} --tokenizer tiny.yaml",
-        "tiny.yaml is no SentencePiece model",
+        "tiny.yaml is no list of pieces",
         ".model",
     ),
     "checkpoint of another tokenizer": (

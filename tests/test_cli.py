@@ -22,13 +22,15 @@ from xded.config import Config, load, to_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 VERBS = (
-    *("demo", "corpus", "teach", "targets", "train", "evaluate", "transcribe"),
+    *("demo", "corpus", "teach", "crosstest", "import-teachers", "targets", "train", "evaluate", "transcribe"),
+    *("export", "tokenizer"),
     *("study", "doctor", "inspect", "report", "status"),
 )
 OF_OTHER_TOOLS = {
     *("--unk_id", "--bos_id", "--eos_id"),  # SentencePiece
     *("--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--no-python"),  # torchrun
     "--head",  # ray start
+    "--local-dir",  # hf download
 }
 HEAVY = {"torch", "lightning", "numpy", "scipy", "soundfile", "sentencepiece", "rich.table"}
 

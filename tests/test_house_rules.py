@@ -30,6 +30,7 @@ FORBIDDEN_CALLS = {
     **dict.fromkeys(("importlib.import_module", "import_module"), "imports by a name that may come from a file"),
     **dict.fromkeys(("yaml.load", "yaml.full_load", "yaml.unsafe_load"), "may build any object: yaml.safe_load"),
 }
+IMPORT_OF_EXTRAS = ("import_module", "src/xded/errors.py")  # `need_extra`, whose callers write the name down
 TORCH_LOAD_IN = "src/xded/models/checkpoints.py"
 OUTSIDE = re.compile(r"(?<![\w.~}/-])/(?:home|root|work|tmp|opt|mnt|Users)/\w")
 
@@ -172,7 +173,7 @@ def _import_reason(node: ast.Import | ast.ImportFrom) -> str | None:
 
 def _call_reason(name: str, node: ast.Call) -> str | None:
     called = ast.unparse(node.func)
-    if called in FORBIDDEN_CALLS:
+    if called in FORBIDDEN_CALLS and (called, name) != IMPORT_OF_EXTRAS:
         return f"{called}() {FORBIDDEN_CALLS[called]}"
     safe = any(word.arg == "weights_only" and ast.unparse(word.value) == "True" for word in node.keywords)
     if called == "torch.load" and not (safe and name == TORCH_LOAD_IN):

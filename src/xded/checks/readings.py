@@ -136,7 +136,7 @@ def read_with(evaluation: Evaluation, tokenizers: Mapping[str, Tokenizer]) -> li
 
 
 def _read(evaluation: Evaluation, name: str, tokenizer: Tokenizer, shift: int) -> Reading:
-    special = (tokenizer.unk, tokenizer.bos, tokenizer.eos)
+    special = (tokenizer.unk, tokenizer.blank, tokenizer.bos, tokenizer.eos)
     known: dict[tuple[int, ...], str] = {(): ""}
     for item in evaluation.items:
         ids = item.tokens or ()

@@ -11,15 +11,19 @@ from typing import NoReturn
 import typer
 
 import xded.cli.corpus as corpus
+import xded.cli.crosstest as crosstest
 import xded.cli.demo as demo
 import xded.cli.doctor as doctor
 import xded.cli.evaluate as evaluate
+import xded.cli.export as export
+import xded.cli.import_teachers as import_teachers
 import xded.cli.inspect as inspect
 import xded.cli.report as report
 import xded.cli.status as status
 import xded.cli.study as study
 import xded.cli.targets as targets
 import xded.cli.teach as teach
+import xded.cli.tokenizer as tokenizer
 import xded.cli.train as train
 import xded.cli.transcribe as transcribe
 from xded import __version__
@@ -66,12 +70,16 @@ def _add(name: str, module_doc: str | None, command: Callable[..., None]) -> Non
 
 
 _add("demo", demo.__doc__, demo.demo)
-app.add_typer(corpus.app, name="corpus", short_help="Import, describe, check, synthesise or simulate a corpus.")
+app.add_typer(corpus.app, name="corpus", short_help="Import, export, describe, check, synthesise or simulate a corpus.")
 _add("teach", teach.__doc__, teach.teach)
+_add("crosstest", crosstest.__doc__, crosstest.crosstest)
+_add("import-teachers", import_teachers.__doc__, import_teachers.import_teachers)
 _add("targets", targets.__doc__, targets.targets)
 _add("train", train.__doc__, train.train)
 _add("evaluate", evaluate.__doc__, evaluate.evaluate)
 _add("transcribe", transcribe.__doc__, transcribe.transcribe)
+_add("export", export.__doc__, export.export)
+_add("tokenizer", tokenizer.__doc__, tokenizer.tokenizer)
 app.add_typer(study.app, name="study", short_help="Run a question as declared, and answer it with intervals.")
 _add("doctor", doctor.__doc__, doctor.doctor)
 _add("inspect", inspect.__doc__, inspect.inspect)
