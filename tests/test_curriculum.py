@@ -190,7 +190,7 @@ def test_difficulty_under_targets_is_what_they_think_of_the_text(corpus: Corpus,
 
 
 def test_what_a_run_does_not_have_cannot_tell_difficulty(corpus: Corpus, tmp_path: Path) -> None:
-    for kind, missing in (("parent", "starts from scratch"), ("targets", "has none")):
+    for kind, missing in (("parent", "never trained"), ("targets", "has none")):
         train = {**STAGES, "curriculum": {"schedule": "linear", "difficulty": kind}}
         with pytest.raises(ConfigError, match=missing):
             fit(job_for(corpus, tmp_path / kind, train=train), quiet=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,21 @@ def pickled(folder: Path) -> None:
     torch.save({"weights": Path("/")}, folder / "pytorch_model.bin")
 
 
+def unfolding(folder: Path) -> None:
+    """One number as a tensor of two million."""
+    rewrite(folder, {"wav2vec2.x": torch.zeros(1, dtype=torch.half).expand(2**20, 2)})
+
+
+def compressed(folder: Path) -> None:
+    rewrite(folder, {"wav2vec2.x": torch.zeros(2**20)})
+    path = folder / "pytorch_model.bin"
+    with zipfile.ZipFile(path) as stored:
+        members = {name: stored.read(name) for name in stored.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, data in members.items():
+            packed.writestr(name, data)
+
+
 def other_weights(folder: Path, model: Any) -> None:
     weights = model.state_dict()
     weights.pop("wav2vec2.feature_projection.projection.bias")
@@ -193,6 +209,8 @@ BAD = {
     "no weights": (lambda f: lose(f, "model.safetensors"), "neither model.safetensors nor pytorch_model.bin"),
     "cut off": (cut, "model.safetensors is damaged"),
     "more than weights": (pickled, "pytorch_model.bin is damaged or holds more than weights"),
+    "unfolding": (unfolding, "pytorch_model.bin unpacks to more than its size"),
+    "compressed": (compressed, "pytorch_model.bin.*it unpacks to more than its size"),
     "part elsewhere": (away, "files of other folders: ../secret.safetensors"),
     "no head": (lambda f: rewrite(f, {}), "missing: model.encoder"),
     "small head": (lambda f: change(f, "config.json", vocab_size=19), r"CTC head is \(20, 16\).*vocabulary of 19"),

@@ -115,8 +115,8 @@ def test_kaldi_commands_are_never_run(tmp_path: Path) -> None:
     folder = write_kaldi(
         tmp_path / "d",
         wav_scp=f"a-1 {good}\na-2 touch {mark}; sox x.flac -t wav - |\na-3 |touch {mark}\na-4 raw.ark:17\na-5\n"
-        f"a-1 {good}\na-6 gone.wav\na-7 {good}\n",
-        text="a-1 YES\na-2 NO\na-3 NO\na-4 NO\na-6 NO\na-9 NO\n",
+        f"a-1 {good}\na-6 gone.wav\na-7 {good}\na-8 {good}\n",
+        text="a-1 YES\na-2 NO\na-3 NO\na-4 NO\na-6 NO\na-8 NO\na-9 NO\n",
         utt2spk="".join(f"a-{i} a\n" for i in range(1, 8)),
     )
     report = check(*kaldi.find(folder))
@@ -124,9 +124,12 @@ def test_kaldi_commands_are_never_run(tmp_path: Path) -> None:
     said = reasons(report.rejected)
     for part in ("line 2: a-2: 'touch", "commands are never run. Run it once yourself", "line 3: a-3: '|touch",
                  "line 4: a-4: 'raw.ark:17' lies in an archive", "line 5: nothing stands behind 'a-5'",
-                 "line 6: 'a-1' stands in line 1 too", "gone.wav cannot be read", "line 8: a-7: key 'text' is missing",
+                 "line 6: 'a-1' stands in line 1 too", "gone.wav cannot be read",
+                 "line 8: a-7 is not in text. Add it there",
+                 "line 9: a-8 is not in utt2spk. Add it there",
                  "a-9 is not in wav.scp"):  # fmt: skip
         assert part in said
+    assert {r.kind for r in report.rejected if r.reason and " is not in " in r.reason} >= {"no text", "no speaker"}
     assert not mark.exists()
 
 
@@ -411,6 +414,15 @@ def test_audiofolder(tmp_path: Path, suffix: str) -> None:
     report = check(candidates, bad)
     assert [(r.recording, r.speaker) for r in report.kept] == [("train_a", "7"), ("train_b", "7")]
     assert len(report.rejected) == (1 if suffix == "csv" else 3)
+
+
+def test_an_audiofolder_does_not_overwrite_the_audio_that_it_is_made_of(tmp_path: Path) -> None:
+    audio = tmp_path / "set" / "audio"
+    rows = [recording(audio / "b.wav", "a", "ann", "yes"), recording(audio / "a.wav", "b", "ann", "no")]  # crosswise
+    before = {row.audio_filepath: row.audio_filepath.read_bytes() for row in rows}
+    with pytest.raises(CorpusError, match="where the corpus has its own audio: a, b"):
+        hugging_face_dataset.write(Corpus(tmp_path / "manifest.jsonl", tuple(rows)), tmp_path / "set")
+    assert {path: path.read_bytes() for path in before} == before
 
 
 # --- there and back -----------------------------------------------------------------------------------------

@@ -158,6 +158,12 @@ def test_compressed_and_foreign_weights_are_refused(tmp_path: Path) -> None:
     assert "unpacks to more" in refused(write_tar(path, members_of() | {"model_weights.ckpt": padded}))
 
 
+def test_a_config_that_unfolds_is_refused(tmp_path: Path) -> None:
+    bomb = "\n".join(["a: &a [x, x]", "b: &b [*a, *a]", "target: [*b, *b]"])  # some more lines: gigabytes
+    members = members_of() | {"model_config.yaml": bomb.encode()}
+    assert "no plain YAML: it has aliases" in refused(write_tar(tmp_path / "x.nemo", members))
+
+
 def test_every_name_that_does_not_fit_is_listed(tmp_path: Path) -> None:
     gone = [
         f"encoder.layers.1.feed_forward{n}.linear{m}.{k}" for n in (1, 2) for m in (1, 2) for k in ("weight", "bias")

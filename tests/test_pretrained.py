@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -76,15 +77,19 @@ def test_a_run_begins_with_the_encoder_and_its_checkpoint_needs_the_original_no_
     before = open_pretrained(source).encoder
     best = fit(job, quiet=True)
     status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["init"].startswith(f"encoder of {source}")
+    passed = json.loads((tmp_path / "run" / "findings.json").read_text())["passed"]
+    (leakage,) = (check["detail"] for check in passed if check["check"] == "leakage")
+    assert f"not on record whom it has heard: pretrained encoder {source.name}" in leakage
     assert status["loaded"]["differing"] == []
     assert status["loaded"]["of"] == len(before)
+    assert status["parameters"]["with_gradient"] == status["parameters"]["trainable"] > 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     frozen = [row for row in rows if row["event"] == "frozen"]
     assert frozen[0]["of"] == len(before)
     assert frozen[0]["moved"] == []
     if kind == "nemo":
         source.unlink()
-        open_pretrained.cache_clear()
     after = encoder_of(best)
     assert set(after) == set(before)
     moved = [name for name in after if not torch.equal(after[name], before[name])]
@@ -107,6 +112,16 @@ def test_the_own_head_is_used_only_with_the_own_tokenizer(corpus: Corpus, tmp_pa
         assert same == (heads == 2)
 
 
+def test_an_own_head_with_another_blank_is_not_used() -> None:
+    found = open_pretrained(ARCHIVE)
+    own = found.own_tokenizer()
+    assert own is not None
+    tree = resolved(configured(None, {"model.pretrained": ARCHIVE}))
+    student = Student(tree.model, own.size, tree.features)
+    loaded = begin_with(student, dataclasses.replace(found, blank=0), own)
+    assert not [name for name in loaded if name.startswith("ctc_head")]
+
+
 @pytest.mark.parametrize("kind", ["nemo", "wav2vec2", "whisper"])
 @pytest.mark.parametrize("closed", [False, True])
 def test_zero_shot_on_a_fold_with_its_own_tokenizer(
@@ -119,6 +134,8 @@ def test_zero_shot_on_a_fold_with_its_own_tokenizer(
     scores = json.loads(out.read_text())
     assert "not on record" in scores["conditions"]
     assert scores["conditions"]["word_list"] == ("closed" if closed else "open")
+    heads = ("attention decoder", "decoder greedy") if kind == "whisper" else ("CTC head", "ctc greedy")
+    assert scores["conditions"]["decode"] == (f"word list, {heads[0]}" if closed else heads[1])
     rows = [json.loads(line) for line in (tmp_path / "zero.predictions.jsonl").read_text().splitlines()]
     assert {row["speaker"] for row in rows} == {"t1"}
     if closed:
@@ -130,6 +147,25 @@ def test_an_archive_hears_as_a_file_is_transcribed(corpus: Corpus) -> None:
     audio = corpus.recordings[0].audio_filepath
     said = done("transcribe", ARCHIVE, audio, "--json")
     assert json.loads(said.out)["tokens"] is not None
+
+
+def test_a_decoder_that_is_not_there_is_not_decoded(corpus: Corpus, tmp_path: Path) -> None:
+    asked = ("--corpus", corpus.path, "--held-out", "t1", "--decode", "decoder", "--output", tmp_path / "o.json")
+    refused(call("evaluate", ARCHIVE, *asked), 2, "no attention decoder", "--decode ctc")
+
+
+def test_an_archives_tokenizer_is_described_like_a_files(corpus: Corpus) -> None:
+    own = open_pretrained(ARCHIVE).own_tokenizer("lower")
+    assert own is not None
+    said = json.loads(done("tokenizer", ARCHIVE, "--normaliser", "lower", "--json").out)
+    assert (said["file"], said["fingerprint"]) == (str(ARCHIVE), own.fingerprint)
+
+
+def test_a_folder_with_an_archive_in_it_names_it(tmp_path: Path) -> None:
+    archive = tmp_path / "model.nemo"
+    archive.touch()
+    with pytest.raises(CheckpointError, match=r"Give the archive in it: .*model\.nemo"):
+        open_pretrained(tmp_path)
 
 
 def test_what_is_no_recogniser_is_said(corpus: Corpus, tmp_path: Path) -> None:
@@ -146,8 +182,9 @@ def test_what_is_no_recogniser_is_said(corpus: Corpus, tmp_path: Path) -> None:
 
 
 def test_a_student_without_a_decoder_has_no_decoder_losses() -> None:
-    with pytest.raises(ConfigError, match="decoder_layers 0"):
+    with pytest.raises(ConfigError, match="decoder_layers 0") as caught:
         configured(None, {"model.decoder_layers": 0})
+    assert "given" not in str(caught.value), "the whole config helps nobody"
 
 
 def test_weights_that_do_not_fit_are_all_named_and_none_is_loaded() -> None:
@@ -162,3 +199,26 @@ def test_weights_that_do_not_fit_are_all_named_and_none_is_loaded() -> None:
     assert unexpected
     assert all(name in str(raised.value) for name in unexpected)
     assert all(torch.equal(before[name], value) for name, value in student.state_dict().items())
+
+
+def test_an_archive_that_changes_is_read_again(tmp_path: Path) -> None:
+    archive = tmp_path / "encoder.nemo"
+    archive.write_bytes(ARCHIVE.read_bytes())
+    assert open_pretrained(archive) is open_pretrained(archive)
+    archive.write_bytes(ARCHIVE.read_bytes()[:1000])
+    with pytest.raises(CheckpointError):
+        open_pretrained(archive)
+
+
+def test_a_run_goes_on_without_its_archive(corpus: Corpus, tmp_path: Path) -> None:
+    archive, run = tmp_path / "encoder.nemo", tmp_path / "run"
+    archive.write_bytes(ARCHIVE.read_bytes())
+    stages = "train.stages=[{epochs: 2, peak_lr: 0.001}]"
+    done("train", "--corpus", corpus.path, "--pretrained", archive, "--set", stages, "--out", run)
+    status = json.loads((run / "status.json").read_text())
+    assert "a new CTC head" in status["init"]
+    (run / "status.json").write_text(json.dumps(status | {"state": "stopped"}))  # as if it had been killed at its end
+    archive.unlink()
+    done("train", "--out", run, "--resume")
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
+    refused(call("train", "--corpus", corpus.path, "--pretrained", archive, "--out", tmp_path / "new"), 2, "no such")

@@ -23,6 +23,7 @@ from xded.corpus.manifest import Corpus, read_corpus, write_manifest
 from xded.errors import ConfigError, CorpusError
 from xded.findings import Finding
 from xded.models.checkpoints import sha256_of
+from xded.report.study_tables import tables_of
 from xded.scoring import read_predictions
 from xded.study import pieces, steps
 from xded.study import run as study_run
@@ -329,6 +330,8 @@ def test_a_pretrained_encoder_starts_every_attempt_and_is_a_baseline_by_itself(c
     outcome = run_tiny(study, tmp_path / "study")
     found = {result.system: result for result in outcome.results}
     assert found["pretrained, zero-shot"].of("open")
+    caption = tables_of(study, outcome.results, corpus.texts, "open", "seen").main.caption
+    assert "whom a pretrained encoder heard before is not on record" in caption
     status = json.loads((found["plain"].runs[0] / "status.json").read_text())
     assert status["loaded"]["of"] > 0
     keys = {step.key for step in outcome.work.steps}

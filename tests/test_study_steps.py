@@ -15,7 +15,8 @@ from tiny_corpus import WORDS, write_corpus
 from tiny_study import CONFIG, CTC_KD, DECODER_KD, TRAIN, tiny_study
 from xded.corpus.manifest import Corpus, Recording, read_corpus, write_manifest
 from xded.errors import ConfigError, CorpusError
-from xded.study import folder, steps
+from xded.scoring import Prediction, is_right, read_predictions
+from xded.study import folder, pieces, steps
 from xded.study.plan import StudyError
 from xded.study.steps import Planner, Work
 from xded.tokenizer import Tokenizer
@@ -48,6 +49,22 @@ def test_what_attempts_folds_and_seeds_have_in_common_is_done_once(corpus: Corpu
     assert all(order[need] < order[step.key] for step in work.steps for need in step.needs)
     first = [c.key for c in work.cells if c.seed == 0]  # a budget that is too small leaves out seeds, not folds
     assert max(order[key] for key in first) < min(order[c.key] for c in work.cells if c.seed == 1)
+
+
+def test_zero_shot_is_judged_as_its_own_tokenizer_judges(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    test = corpus.select(["t1"])[:3]
+    heard = [
+        Prediction(r.recording, r.take, r.speaker, None, None, r.prompt, reference, hypothesis, ())
+        for r, reference, hypothesis in zip(test, ("X-RAY", "TWO", "TO"), (" x-ray.", "Two!", "Two?"), strict=True)
+    ]
+    monkeypatch.setattr(pieces, "recognise", lambda *_, **__: heard)
+    pieces.ask_zero_shot(Path(__file__).parent / "data" / "nemo_golden.nemo", test, corpus.texts, tmp_path)
+    for decode in pieces.DECODES:
+        kept = read_predictions(pieces.predictions_in(tmp_path, decode))
+        assert [is_right(prediction, "upper") for prediction in kept] == [True, True, False]
+        assert kept[2].hypothesis == "two"
 
 
 def test_whether_the_tested_words_were_heard_is_measured(corpus: Corpus, tmp_path: Path) -> None:

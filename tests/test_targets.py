@@ -338,6 +338,23 @@ def test_same_prompt_pairs_by_prompt_with_coverage(coverage: str, least: int, ke
     assert prompts(partners_of(student, asked(), config)) == kept
 
 
+@pytest.mark.parametrize(
+    ("coverage", "least", "kept"),
+    [
+        ("all", 1, {"d_CW1_1": ["a", "b"], "d_CW2_1": ["a"]}),
+        ("partial", 2, {"d_CW1_1": ["a", "b"]}),
+        ("strict", 1, {"d_CW1_1": ["a", "b"]}),
+    ],
+)
+def test_same_audio_keeps_what_enough_teachers_have_heard(
+    coverage: str, least: int, kept: dict[str, list[str]]
+) -> None:
+    first, second, third = (spoken("d", prompt, 1) for prompt in ("CW1", "CW2", "CW3"))
+    config = tiny_config(target={"heard": "same_audio", "coverage": coverage, "min_teachers": least})
+    pairs = partners_of([first, second, third], {"a": [first, second], "b": [first]}, config)
+    assert prompts(pairs) == kept
+
+
 def test_same_prompt_pairs_the_nth_take_with_the_nth_in_a_circle_and_by_microphone() -> None:
     config = tiny_config(target={"heard": "same_prompt"})
     student = [spoken("d", "CW1", take) for take in (1, 2, 3)]

@@ -136,6 +136,8 @@ def test_impossible_stages_are_refused(corpus: Corpus, parent: Path, out: Path) 
         fit(job_for(corpus, out, train={"stages": [free, frozen], "init": parent}), quiet=True)
     with pytest.raises(ConfigError, match="starts from scratch"):
         fit(job_for(corpus, out, train={"stages": [frozen]}), quiet=True)
+    with pytest.raises(ConfigError, match=r"freeze_layers is 99, and the encoder has \d layers"):
+        fit(job_for(corpus, out, train={"stages": [free], "freeze_layers": 99}), quiet=True)
 
 
 def test_from_scratch_the_frozen_stage_is_left_out(corpus: Corpus, out: Path) -> None:

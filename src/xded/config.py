@@ -353,7 +353,9 @@ def build(data: Mapping[str, Any], where: str) -> Config:
                 problems.append(f"unknown key '{place}'" + (f" (did you mean '{near[0]}'?)" if near else ""))
             else:
                 message = item["msg"].removeprefix("Value error, ")
-                problems.append(f"{place or 'config'}: {message} (given: {item.get('input')!r:.80})")
+                # a rule between several keys is given the whole config
+                given = f" (given: {item.get('input')!r:.80})" if place else ""
+                problems.append(f"{place or 'config'}: {message}{given}")
         raise ConfigError(
             f"{where}: " + "; ".join(problems) + ".", "Run 'xded train --help-config' for every key and its default."
         ) from error

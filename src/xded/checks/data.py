@@ -192,6 +192,13 @@ def never_heard(included: Iterable[str], card: DataCard, subject: str) -> list[F
     )]  # fmt: skip
 
 
+def sources_said(provenances: Collection[Provenance], test_takes: Collection[str]) -> str:
+    """What the check for leakage looked at; of sources that are not on record it can say nothing."""
+    unknown = sorted({p.what for p in provenances if not p.known})
+    said = f"{len(provenances)} sources, {len(test_takes):,} test takes"
+    return said + (f"; not on record whom it has heard: {', '.join(unknown)}" if unknown else "")
+
+
 def leakage(fold: Fold, provenances: Iterable[Provenance], test_takes: Collection[str], subject: str) -> list[Finding]:
     """What of the test, or of the excluded speakers, has been heard (see `corpus.folds.guard`)."""
     listed = tuple(provenances)

@@ -54,11 +54,11 @@ def import_teachers(
     tree = resolved(configured(config, changes, settings))
     from xded.corpus.manifest import read_corpus
     from xded.errors import EXIT_FINDINGS
+    from xded.models.pretrained import tokenizer_at
     from xded.teachers.imported import copies, import_teachers
-    from xded.tokenizer import Tokenizer
 
     loaded = read_corpus(need_corpus(tree))
-    own = Tokenizer.load(tokenizer, tree.tokenizer.normaliser)
+    own = tokenizer_at(tokenizer, tree.tokenizer.normaliser)
     imported = import_teachers(
         logits, loaded, own, tree, out, heard=heard or (), frame_rate_hz=frame_rate, jobs=cores(jobs)
     )

@@ -90,10 +90,11 @@ def need_corpus(config: Config) -> Path:
     return config.corpus
 
 
-def resolved(config: Config) -> Config:
+def resolved(config: Config, *, fit: bool = True) -> Config:
     """The same config with absolute paths, so that a run folder can be used from anywhere.
 
-    With `model.pretrained`, the encoder's sizes and features are filled in from there.
+    With `model.pretrained`, the encoder's sizes and features are filled in from there; a run that goes on has them in
+    its config (`fit` is false).
 
     Raises:
         CheckpointError: the pretrained encoder is missing, damaged or of an architecture that is not supported.
@@ -108,7 +109,7 @@ def resolved(config: Config) -> Config:
         key: str(path.resolve()) for key, path in paths.items() if path is not None and not str(path).startswith("hf:")
     }
     config = configs.override(config, absolute)
-    if config.model.pretrained is not None:
+    if fit and config.model.pretrained is not None:
         from xded.models.pretrained import fitted
 
         config = fitted(config)
@@ -122,5 +123,8 @@ def decode_settings(config: Config, changes: dict[str, Any]) -> DecodeConfig:
         ConfigError: a value that is wrong.
     """
     from xded import config as configs
+    from xded.errors import ConfigError
 
+    if changes.get("mode") == "decoder" and not config.model.decoder_layers:
+        raise ConfigError("This recogniser has no attention decoder.", "Use its CTC head: --decode ctc.")
     return configs.override(config, {f"decode.{key}": value for key, value in changes.items()}).decode

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 def tokenizer(
     file: Annotated[
         Path,
-        typer.Argument(help="SentencePiece model, tokenizer.json, vocab.json or a list of pieces.", show_default=False),
+        typer.Argument(
+            help="SentencePiece model, tokenizer.json, vocab.json, list of pieces, or a pretrained recogniser.",
+            show_default=False,
+        ),
     ],
     corpus: CorpusOption = None,
     normaliser: Annotated[
@@ -34,10 +37,10 @@ def tokenizer(
     """Kind, special ids, fingerprint; with --corpus the best WRA that it allows (exit code 3 where below 100 %)."""
     from xded.corpus.manifest import read_corpus
     from xded.errors import EXIT_FINDINGS
-    from xded.tokenizer import Tokenizer
+    from xded.models.pretrained import tokenizer_at
 
-    loaded = Tokenizer.load(file, normaliser)
-    report: dict[str, Any] = _identity(loaded)
+    loaded = tokenizer_at(file, normaliser)
+    report: dict[str, Any] = {"file": str(file), **_identity(loaded)}
     lost = False
     if corpus is not None:
         takes = {r.take: r for r in read_corpus(corpus).recordings}
@@ -49,9 +52,8 @@ def tokenizer(
 
 
 def _identity(loaded: Tokenizer) -> dict[str, Any]:
-    """What the file is, whatever it is used for."""
+    """What the tokenizer is, whatever it is used for."""
     return {
-        "file": loaded.source,
         "kind": loaded.kind,
         "size": loaded.size,
         "special_ids": {name: getattr(loaded, name) for name in ("unk", "blank", "bos", "eos")},

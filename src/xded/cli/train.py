@@ -82,9 +82,10 @@ def train(
         "objective.temperature": temperature, "train.batch_size": batch_size, "train.device": device,
         "train.devices": devices, "seed": seed,
     }  # fmt: skip
-    if resume and config is None and out is not None and (out / "config.yaml").is_file():
-        config = out / "config.yaml"
-    tree = resolved(with_last_stage(configured(config, changes, settings), epochs, peak_lr))
+    begun = out / "config.yaml" if resume and config is None and out is not None else None
+    going_on = begun is not None and begun.is_file()
+    asked = configured(begun if going_on else config, changes, settings)
+    tree = resolved(with_last_stage(asked, epochs, peak_lr), fit=not going_on)
     if show_config:
         from xded.config import to_yaml
 

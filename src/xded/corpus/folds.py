@@ -6,7 +6,7 @@ import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from xded.corpus.manifest import Corpus, Recording
 from xded.errors import ConfigError, CorpusError, LeakageError, few
 
 Key = tuple[str, str, str]  # block, prompt, mic; "" where the corpus has none
+Matched = TypeVar("Matched", Key, str)  # with the same prompt, or the same recording by its id
 
 
 @dataclass(frozen=True)
@@ -195,14 +196,14 @@ def key_of(recording: Recording) -> Key:
 
 
 def coverage(
-    prompts_by_teacher: Mapping[str, Collection[Key]],
+    keys_by_teacher: Mapping[str, Collection[Matched]],
     mode: Literal["strict", "partial", "all"],
     min_teachers: int,
-) -> dict[Key, tuple[str, ...]]:
+) -> dict[Matched, tuple[str, ...]]:
     """Which teachers cover which key, for the keys that the mode keeps.
 
     Args:
-        prompts_by_teacher: keys that each teacher's speaker has recorded.
+        keys_by_teacher: keys that each teacher's speaker has recorded, or recordings that the teacher has heard.
         mode: `strict` keeps keys that all teachers cover, `partial` those of at least `min_teachers`, `all` any.
         min_teachers: used by `partial`.
 
@@ -212,18 +213,19 @@ def coverage(
     Raises:
         CorpusError: no teachers, or no key that enough of them cover.
     """
-    teachers: dict[Key, list[str]] = {}
-    for teacher in sorted(prompts_by_teacher):
-        for key in set(prompts_by_teacher[teacher]):
+    teachers: dict[Matched, list[str]] = {}
+    for teacher in sorted(keys_by_teacher):
+        for key in set(keys_by_teacher[teacher]):
             teachers.setdefault(key, []).append(teacher)
     if not teachers:
         raise CorpusError("The fold has no teachers, or they cover nothing.", "Train teachers first: 'xded teach'.")
-    needed = {"strict": len(prompts_by_teacher), "partial": min_teachers, "all": 1}[mode]
+    needed = {"strict": len(keys_by_teacher), "partial": min_teachers, "all": 1}[mode]
     kept = {key: tuple(names) for key, names in sorted(teachers.items()) if len(names) >= needed}
     if not kept:
         most, keys = max(Counter(len(names) for names in teachers.values()).items())
         raise CorpusError(
-            f"No prompt is covered by {needed} teachers (coverage {mode}); at most {most} cover one ({keys} prompts).",
+            f"No prompt or recording is covered by {needed} teachers (coverage {mode}); at most {most} cover "
+            f"one ({keys} of them).",
             f"Use coverage partial with at most {most} teachers, or coverage all.",
         )
     return kept

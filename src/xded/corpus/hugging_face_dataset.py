@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any, Final
 
 from xded.corpus.checks import Candidate, Row
-from xded.corpus.foreign import OWN_KEYS, bad_line, candidate, own_keys, read_lines, write_files
+from xded.corpus.foreign import OWN_KEYS, bad_line, candidate, own_keys, read_lines, refuse, write_files
 from xded.corpus.manifest import Corpus, absolute, load_object
 from xded.errors import CorpusError, need_extra
 
@@ -226,8 +226,13 @@ def write(corpus: Corpus, folder: Path) -> list[Path]:
     """Writes an audiofolder, which `load_dataset("audiofolder", data_dir=FOLDER)` reads: audio/ and metadata.jsonl.
 
     Audio files are copied, because an audiofolder holds its own; the metadata is written last.
+
+    Raises:
+        CorpusError: the corpus has its own audio there, which copies would overwrite.
     """
     audio = folder / AUDIO_FOLDER
+    own = (r.recording for r in corpus.recordings if r.audio_filepath.is_relative_to(absolute(audio)))
+    refuse(f"{audio} is where the corpus has its own audio", own, "Choose another --out.")
     audio.mkdir(parents=True, exist_ok=True)
     names: set[str] = set()
     lines = []

@@ -57,13 +57,17 @@ def find(source: Path, root: Path | None = None) -> tuple[list[Candidate], list[
         if problem is not None:
             rows.append(bad_line(listed, number, f"{name}: {problem[0]}", problem[1], "no file"))
             continue
+        unnamed = [of for of, table in (("text", texts), ("utt2spk", speakers)) if name not in table]
+        if unnamed:
+            kind = "no text" if "text" in unnamed else "no speaker"
+            rows.append(bad_line(listed, number, f"{name} is not in {' and '.join(unnamed)}", "Add it there.", kind))
+            continue
         more = {"duration": end or durations.get(name, (0, ""))[1], "take": takes.get(name, (0, ""))[1]}
         try:
             audio = absolute((root or source) / place)
-            spoken, speaker = texts.get(name, (0, None))[1], speakers.get(name, (0, None))[1]
-            candidates.append(candidate(audio, spoken, name, speaker, more))
+            candidates.append(candidate(audio, texts[name][1], name, speakers[name][1], more))
         except ValueError as error:
-            rows.append(bad_line(listed, number, f"{name}: {error}", "Mend text, utt2spk or utt2dur.", "no text"))
+            rows.append(bad_line(listed, number, f"{name}: {error}", "Mend text, utt2spk or utt2dur."))
     for name, (number, _) in texts.items():
         if name not in lines:
             rows.append(

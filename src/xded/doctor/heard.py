@@ -122,7 +122,7 @@ def _leakage(examination: Examination, run: Run, given: Given) -> None:
         examination.cannot(f"leakage into {subject}", why)
     else:
         unique = tuple(dict.fromkeys(sources))
-        detail = f"{len(unique)} sources, {len(test):,} test takes"
+        detail = data.sources_said(unique, test)
         examination.run("leakage", subject, partial(data.leakage, fold, unique, test, subject), detail)
 
 

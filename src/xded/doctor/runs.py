@@ -160,6 +160,8 @@ class _Run:
         if self.config is None:
             return None
         if self.config.train.init is None:
+            if self.config.model.pretrained is not None:
+                return None  # its encoder began elsewhere
             student = self._student(payload)
             return None if student is None else student.state_dict()
         path = resolve(self._found(self.config.train.init))

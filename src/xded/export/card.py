@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +75,12 @@ class _Sources:
 
 
 def hide(text: str, speakers: Iterable[str]) -> str:
-    """A text without speakers' ids."""
+    """A text without speakers' ids, also where they are a part of a file's or a recording's name (M08_ctc_logits.pt).
+
+    Texts that hold numbers are not to be given: a speaker may be called 12.
+    """
     for speaker in sorted(speakers, key=len, reverse=True):
-        text = re.sub(rf"(?<!\w){re.escape(speaker)}(?!\w)", HIDDEN, text)
+        text = re.sub(rf"(?<![^\W_]){re.escape(speaker)}(?![^\W_])", HIDDEN, text)
     return text
 
 
@@ -85,19 +88,20 @@ def read_card(recogniser: Recogniser, name_speakers: bool, data_licence: str | N
     """Everything that is on record about a recogniser."""
     sources = _sources(recogniser)
     status = (sources.run.status if sources.run else None) or {}
-    card = Card(
-        name=recogniser.name,
+    tested = _test(recogniser, sources, name_speakers)
+    hidden = () if name_speakers else sources.speakers
+    return Card(
+        name=hide(recogniser.name, hidden),
         epoch=recogniser.epoch,
         parameters=_parameters(recogniser, status),
         versions=_versions(sources.run),
         stages=tuple(_stage(stage) for stage in status.get("stages") or ()),
-        heard=_heard(recogniser, hidden=() if name_speakers else sources.speakers),
+        heard=_heard(recogniser, hidden),
         data_licence=data_licence,
         **_people(recogniser, sources),
         **_findings(sources.run),
-        **_test(recogniser, sources, name_speakers),
+        **tested,
     )
-    return card if name_speakers else _without_names(card, sources.speakers)
 
 
 def render(card: Card, description: Description, apart: float | None) -> str:
@@ -129,17 +133,6 @@ def table(rows: Iterable[Row], *head: str) -> str:
     """Rows below the names of their columns."""
     lines = [head, ("---",) * len(head), *(tuple(map(plain, row)) for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _without_names(card: Card, speakers: set[str]) -> Card:
-    """The card with every text but the licence cleared of speakers' ids."""
-
-    def clear(value: Any) -> Any:
-        if isinstance(value, str):
-            return hide(value, speakers)
-        return tuple(clear(part) for part in value) if isinstance(value, tuple) else value
-
-    return replace(card, **{f.name: clear(getattr(card, f.name)) for f in fields(card) if f.name != "data_licence"})
 
 
 def _sources(recogniser: Recogniser) -> _Sources:
@@ -239,7 +232,8 @@ def _findings(run: RunFolder | None) -> dict[str, Any]:
         check = finding["check"]
         overruled = " (overruled)" if check in kept.get("forced", ()) else ""
         rows.append((finding["severity"], (CHECKS[check].title if check in CHECKS else check) + overruled))
-    said = f"{len(rows) or 'No'} finding{'' if len(rows) == 1 else 's'}, {len(kept.get('passed', ()))} checks passed."
+    passed = f"{len(kept.get('passed', ()))} checks passed before the first step"
+    said = f"{len(rows) or 'No'} finding{'' if len(rows) == 1 else 's'}, {passed}. They do not say how well it learned."
     return {"findings": tuple(rows), "findings_said": said}
 
 
@@ -253,6 +247,9 @@ def _test(recogniser: Recogniser, sources: _Sources, name_speakers: bool) -> dic
         return {"test_problem": f"The scores beside this checkpoint are those of {BEST}."}
     scores = Scores.from_json(path.read_text(encoding="utf-8"), str(path))
     sources.speakers |= scores.by_speaker.keys()
+    if not name_speakers:
+        said = {key: hide(value, sources.speakers) for key, value in scores.conditions.items()}
+        scores = replace(scores, conditions=said)
     bands = {p.speaker: p.band for p in read_predictions(run.predictions)} if run.predictions else {}
     rows = [("all", "", *_numbers(scores.overall))]
     for number, (speaker, summary) in enumerate(scores.by_speaker.items(), start=1):

@@ -11,7 +11,7 @@ from safetensors.torch import save
 
 from xded import __version__
 from xded.errors import CheckpointError, ConfigError
-from xded.export.card import Card, hide, read_card, render
+from xded.export.card import Card, read_card, render
 from xded.export.onnx import difference, write_onnx
 from xded.exported import CARD, CONFIG, TOKENIZER, WEIGHTS, Description, Heard, TokenizerFacts, is_exported
 from xded.models.conformer import Conformer
@@ -91,13 +91,13 @@ def fill(recogniser: Recogniser, folder: Path, options: Options, card: Card) -> 
         names += write_onnx(recogniser.student, folder)
         apart = difference(recogniser.student, folder)
     hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
-    description = _description(recogniser, hashes, options.name_speakers)
+    description = _description(recogniser, card.name, hashes, options.name_speakers)
     (folder / CONFIG).write_text(description.model_dump_json(indent=1) + "\n", encoding="utf-8")
     (folder / CARD).write_text(render(card, description, apart), encoding="utf-8")
     return apart
 
 
-def _description(recogniser: Recogniser, hashes: dict[str, str], name_speakers: bool) -> Description:
+def _description(recogniser: Recogniser, name: str, hashes: dict[str, str], name_speakers: bool) -> Description:
     """`config.json`: without paths of this machine and, unless they are asked for, without names of speakers."""
     tokenizer, config = recogniser.tokenizer, recogniser.config
     facts = {name: getattr(tokenizer, name) for name in TokenizerFacts.model_fields}
@@ -105,10 +105,9 @@ def _description(recogniser: Recogniser, hashes: dict[str, str], name_speakers: 
         Heard(what=p.what, speakers=tuple(sorted(p.speakers)), takes=tuple(sorted(p.takes)), known=p.known)
         for p in recogniser.provenance
     ]
-    speakers = {speaker for p in recogniser.provenance for speaker in p.speakers}
     return Description(
         xded=__version__,
-        name=recogniser.name if name_speakers else hide(recogniser.name, speakers),
+        name=name,
         epoch=recogniser.epoch,
         features=config.features,
         model=config.model.model_copy(update={"pretrained": None}),

@@ -10,11 +10,13 @@ import errno
 import hashlib
 import os
 import shutil
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch import Tensor
 
 from xded.errors import GO_ON, CheckpointError, TrainingError
 
@@ -25,6 +27,12 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checked_sha256_of(path: Path) -> str:
+    """SHA-256 of a checkpoint that `load` has just compared with the one beside it (which may be missing)."""
+    kept = sidecar(path)
+    return kept.read_text().strip() if kept.is_file() else sha256_of(path)
 
 
 def sidecar(path: Path) -> Path:
@@ -90,7 +98,10 @@ def load(path: Path) -> dict[str, Any]:
         CheckpointError: it is missing, damaged or no checkpoint of this project.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint.", "List a run's checkpoints with 'xded status RUN'.")
+        raise CheckpointError(
+            f"{path}: no such checkpoint.",
+            "List a run's checkpoints with 'xded status RUN'; a model of the Hugging Face hub is 'hf:org/name'.",
+        )
     digest = sidecar(path)
     if digest.is_file() and digest.read_text().strip() != sha256_of(path):
         raise CheckpointError(
@@ -124,6 +135,25 @@ def load_tensors(file: IO[bytes] | Path, *, mapped: bool = False) -> Any:
         Exception: of many types, for a damaged or foreign file; the caller says which file it is.
     """
     return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+
+
+def is_packed(file: IO[bytes] | Path) -> bool:
+    """Whether the members of a zip file are larger than they look: torch stores them as they are.
+
+    Raises:
+        Exception: of several types, where it is no zip file.
+    """
+    with zipfile.ZipFile(file) as parts:
+        listed = parts.infolist()
+    size = file.stat().st_size if isinstance(file, Path) else file.seek(0, os.SEEK_END)
+    stored = all(part.compress_type == zipfile.ZIP_STORED for part in listed)
+    return not stored or sum(part.file_size for part in listed) > size
+
+
+def is_plain(value: Any) -> bool:
+    """Whether something is a dense tensor in main memory."""
+    dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
+    return dense and value.device.type == "cpu"
 
 
 def load_latest(folder: Path) -> tuple[dict[str, Any], str | None]:

@@ -182,7 +182,7 @@ class MaskedGroupNorm(nn.GroupNorm):
         return centred * torch.rsqrt(variance + self.eps) * self.weight[:, None] + self.bias[:, None]
 
 
-class MaskedBatchNorm(nn.BatchNorm1d):
+class PaddingFreeBatchNorm(nn.BatchNorm1d):
     """Batch norm whose padding stays 0, as a convolution behind it needs; `lengths` [B] are set before every pass."""
 
     lengths: Tensor
@@ -249,7 +249,7 @@ class HuggingFaceEncoder(nn.Module):
         if isinstance(norm := getattr(first, "layer_norm", None), nn.GroupNorm):
             first.layer_norm = MaskedGroupNorm(norm.num_groups, norm.num_channels, norm.eps)
         if isinstance(norm := getattr(positions, "batch_norm", None), nn.BatchNorm1d):  # of some HuBERTs
-            positions.batch_norm = MaskedBatchNorm(norm.num_features, norm.eps)
+            positions.batch_norm = PaddingFreeBatchNorm(norm.num_features, norm.eps)
 
     @property
     def is_log_mel(self) -> bool:
@@ -332,7 +332,7 @@ class HuggingFaceEncoder(nn.Module):
             for module in self.model.modules():
                 if isinstance(module, MaskedGroupNorm):
                     module.lengths = (lengths - self.config.conv_kernel[0]) // self.config.conv_stride[0] + 1
-                elif isinstance(module, MaskedBatchNorm):
+                elif isinstance(module, PaddingFreeBatchNorm):
                     module.lengths = encoded_lengths
             more = {"mask_time_indices": self._time_masks(encoded_lengths, features.shape[1])} if self._masking else {}
             encoded = self.model(features[:, :, 0], attention_mask=mask.long(), **more).last_hidden_state

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from xded.errors import CheckpointError, need_extra
-from xded.models.checkpoints import load_tensors, sha256_of
+from xded.models.checkpoints import is_packed, is_plain, load_tensors, sha256_of
 from xded.models.hugging_face import (
     FAMILIES,
     NOT_KEPT,
@@ -30,6 +31,7 @@ from xded.models.hugging_face import (
     library_config,
     whisper_part,
 )  # fmt: skip
+from xded.models.weights import misfits
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # each may be split: NAME.index.json then lists the parts
@@ -42,8 +44,6 @@ COUNTER = "num_batches_tracked"  # of batch norm: used by nothing, and not in ev
 DECODER_PREFIXES = ("model.decoder.", "decoder.")  # of Whisper
 OUTPUT = "proj_out."  # its output layer, the same tensor as its embedding
 MASK = "masked_spec_embed"  # what a masked frame becomes
-
-
 AGAIN = "Get the folder again: hf download ORG/NAME --local-dir DIR."
 
 
@@ -124,9 +124,7 @@ class _Folder:
         return found
 
     def error(self, problem: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self.path}: {problem}.", "Get the folder again: hf download ORG/NAME --local-dir DIR."
-        )
+        return CheckpointError(f"{self.path}: {problem}.", AGAIN)
 
     def sha256(self) -> str:
         digest = hashlib.sha256()
@@ -284,14 +282,19 @@ def _read_weights(folder: _Folder, name: str) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             found = load_file(path)
+        elif zipfile.is_zipfile(path) and is_packed(path):
+            raise ValueError("it unpacks to more than its size")
         else:
-            with path.open("rb") as file:
-                found = load_tensors(file)
+            found = load_tensors(path)
     except Exception as error:  # both raise many types for a damaged or hostile file
         said = (str(error) or type(error).__name__).splitlines()[0]
         raise folder.error(f"{name} is damaged or holds more than weights ({said})") from error
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+    if not isinstance(found, dict) or not all(is_plain(value) for value in found.values()):
         raise folder.error(f"{name} holds more than weights")
+    # one number may stand for a whole tensor; tied weights are one tensor under two names
+    held = {(value.data_ptr(), value.shape): value.nbytes for value in found.values()}
+    if sum(held.values()) > path.stat().st_size:
+        raise folder.error(f"{name} unpacks to more than its size")
     return {key: value.float() if value.is_floating_point() else value for key, value in found.items()}
 
 
@@ -318,19 +321,9 @@ def _fitted(folder: _Folder, found: Mapping[str, Tensor], expected: Mapping[str,
     for name in expected:
         if name.endswith(COUNTER):
             fitting.setdefault(name, torch.tensor(0))
-    misshapen = [
-        f"{name} {tuple(fitting[name].shape)} for {tuple(expected[name].shape)}"
-        for name in sorted(expected.keys() & fitting.keys())
-        if fitting[name].shape != expected[name].shape
-    ]
-    kinds = {
-        "missing": sorted(expected.keys() - fitting.keys()),
-        "unexpected": sorted(fitting.keys() - expected.keys()),
-        "of another shape": misshapen,
-    }
-    if any(kinds.values()):
-        lists = "; ".join(f"{kind}: {', '.join(names)} ({len(names)})" for kind, names in kinds.items() if names)
-        raise folder.error(f"its weights are not those of its config: {lists}")
+    problems = misfits(fitting, expected)
+    if problems:
+        raise folder.error(f"its weights are not those of its config: {problems}")
     return {name: fitting[name] for name in expected}
 
 

@@ -28,9 +28,10 @@ from torch import Tensor
 from xded.config import FeatureConfig, ModelConfig
 from xded.errors import CheckpointError
 from xded.features import LogMel
-from xded.models.checkpoints import load_tensors
+from xded.models.checkpoints import is_packed, is_plain, load_tensors
 from xded.models.conformer import Conformer
 from xded.models.nemo_config import CONFIG, check_target, features_of, model_of, refuse, section_of, vocabulary_of
+from xded.models.weights import misfits, shape_of
 
 WEIGHTS = "model_weights.ckpt"
 LARGEST_BYTES = {CONFIG: 2**21, WEIGHTS: 2**33}  # 600 M parameters are 2.4 GB
@@ -104,7 +105,7 @@ def read_archive(path: Path) -> NemoArchive:
             tokenizer = _tokenizer(config, members, vocabulary, path) if sentence_pieces else None
             file, size = members.take(WEIGHTS, LARGEST_BYTES[WEIGHTS])
             _check_size(model, features["mels"], size, path)
-            weights = _read_weights(file, size, path)
+            weights = _read_weights(file, path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such archive.", "Check the path.") from error
     except OSError as error:
@@ -191,7 +192,10 @@ def _members(file: IO[bytes], path: Path) -> _Members:
 def _read_config(members: _Members, path: Path) -> Mapping[str, Any]:
     file, _ = members.take(CONFIG, LARGEST_BYTES[CONFIG])
     try:
-        config = yaml.safe_load(file.read().decode("utf-8"))
+        text = file.read().decode("utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise ValueError("it has aliases, by which a few lines can stand for gigabytes")
+        config = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise refuse(path, f"has a {CONFIG} that is no plain YAML: {reason}") from error
@@ -223,18 +227,16 @@ def _tokenizer(config: Mapping[str, Any], members: _Members, vocabulary: tuple[s
 # --- its weights
 
 
-def _read_weights(file: IO[bytes], size: int, path: Path) -> dict[str, Tensor]:
+def _read_weights(file: IO[bytes], path: Path) -> dict[str, Tensor]:
     """Every tensor of the torch zip, by NeMo's names.
 
     One storage after the other is read out of the tar file: the zip as a whole never is in memory.
     """
     try:
-        with zipfile.ZipFile(file) as parts:
-            listed = parts.infolist()
+        packed = is_packed(file)
     except (zipfile.BadZipFile, ValueError, NotImplementedError, UnicodeDecodeError, EOFError) as error:
         raise refuse(path, f"has a {WEIGHTS} that is no torch zip ({error})", AGAIN) from error
-    # torch stores, so that nothing can be larger than it looks
-    if any(part.compress_type != zipfile.ZIP_STORED for part in listed) or sum(p.file_size for p in listed) > size:
+    if packed:
         raise refuse(path, f"has a {WEIGHTS} that unpacks to more than its size")
     file.seek(0)
     try:
@@ -247,7 +249,7 @@ def _read_weights(file: IO[bytes], size: int, path: Path) -> dict[str, Tensor]:
     for name, value in weights.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise refuse(path, f"has something else than a weight in its {WEIGHTS}: {name!r}")
-        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+        if not is_plain(value):
             raise refuse(path, f"has a weight that is no plain tensor: {name}")
     return weights
 
@@ -308,22 +310,12 @@ def _mapped(
 
 
 def _kind(value: Tensor) -> str:
-    return f"{tuple(value.shape)}" + ("" if value.is_floating_point() else " of whole numbers")
+    return shape_of(value) + ("" if value.is_floating_point() else " of whole numbers")
 
 
 def _check_fit(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
     """Names, shapes, kinds of numbers; and that they are finite."""
-    misshapen = [
-        f"{name} {_kind(weights[name])} for {_kind(expected[name])}"
-        for name in sorted(expected.keys() & weights.keys())
-        if _kind(weights[name]) != _kind(expected[name])
-    ]
-    lists = {
-        "missing": sorted(expected.keys() - weights.keys()),
-        "unexpected": sorted(weights.keys() - expected.keys()),
-        "of another shape or type": misshapen,
-    }
-    problems = "; ".join(f"{kind}: {', '.join(names)} ({len(names)})" for kind, names in lists.items() if names)
+    problems = misfits(weights, expected, _kind)
     if problems:
         raise refuse(path, f"has weights that do not fit its {CONFIG}: {problems}")
     broken = [name for name, value in weights.items() if not torch.isfinite(value).all()]

@@ -69,10 +69,10 @@ class Pretrained:
         """Whether it has a head and a tokenizer, and is more than an encoder."""
         return self.tokenizer is not None and (self.ctc_head is not None or self.whisper is not None)
 
-    @property
-    def provenance(self) -> Provenance:
-        """Whom it has heard is not on record."""
-        return Provenance(f"pretrained encoder {self.path.name}", frozenset(), known=False)
+
+def provenance(path: Path) -> Provenance:
+    """What a pretrained encoder has heard: whom is not on record."""
+    return Provenance(f"pretrained encoder {path.name}", frozenset(), known=False)
 
 
 def is_pretrained(path: Path) -> bool:
@@ -83,13 +83,19 @@ def is_pretrained(path: Path) -> bool:
     return (path / "config.json").is_file() and any((path / name).is_file() for name in hears)
 
 
-@lru_cache(maxsize=2)
 def open_pretrained(path: Path) -> Pretrained:
-    """Reads an archive or a folder; the last two are kept.
+    """Reads an archive or a folder; the last two are kept until their files change.
 
     Raises:
         CheckpointError: it is missing, damaged, hostile, or of an architecture that is not supported.
     """
+    files = sorted(path.glob("*")) if path.is_dir() else [path]
+    stats = [file.stat() for file in files if file.is_file()]
+    return _open(path, tuple((stat.st_mtime_ns, stat.st_size) for stat in stats))
+
+
+@lru_cache(maxsize=2)
+def _open(path: Path, stamps: tuple[tuple[int, int], ...]) -> Pretrained:
     if path.suffix == ".nemo":
         archive = read_archive(path)
         model = archive.tokenizer_model  # none: it writes characters, which are its vocabulary
@@ -99,6 +105,9 @@ def open_pretrained(path: Path) -> Pretrained:
             path, archive.sha256, archive.model, archive.features, archive.encoder, archive.ctc_head, tokenizer,
             len(archive.vocabulary),
         )  # fmt: skip
+    archives = sorted(path.glob("*.nemo"))
+    if not is_pretrained(path) and archives:
+        raise CheckpointError(f"{path} is a folder.", f"Give the archive in it: {archives[0]}.")
     if not is_pretrained(path):
         raise CheckpointError(
             f"{path} is no pretrained encoder: neither a .nemo archive nor a folder with config.json and "
@@ -156,7 +165,7 @@ def _sizes(config: ModelConfig, found: Mapping[str, Any]) -> ModelConfig:
 
 
 def begin_with(student: Student, found: Pretrained, tokenizer: Tokenizer) -> dict[str, Tensor]:
-    """Loads every weight of the encoder, and its own CTC head when the run has its tokenizer.
+    """Loads every weight of the encoder, and its own CTC head when the run has its tokenizer and its blank.
 
     Returns:
         What was loaded, by the student's names.
@@ -167,15 +176,25 @@ def begin_with(student: Student, found: Pretrained, tokenizer: Tokenizer) -> dic
     load_weights(student.encoder, found.encoder, found.path)
     loaded = {f"encoder.{name}": value for name, value in found.encoder.items()}
     own = found.own_tokenizer(tokenizer.normaliser)
-    if found.ctc_head is not None and own is not None and own.fingerprint == tokenizer.fingerprint:
-        head = _padded(found.ctc_head, student.vocabulary)
+    alike = own is not None and own.fingerprint == tokenizer.fingerprint and own.blank == found.blank
+    if found.ctc_head is not None and alike:
+        head = _padded(found.ctc_head, student.vocabulary, found.path)
         load_weights(student.ctc_head, head, found.path)
         loaded |= {f"ctc_head.{name}": value for name, value in head.items()}
     return loaded
 
 
-def _padded(head: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
-    """A CTC head with rows for special tokens that it was trained without."""
+def _padded(head: Mapping[str, Tensor], rows: int, path: Path) -> dict[str, Tensor]:
+    """A CTC head with rows for special tokens that it was trained without.
+
+    Raises:
+        CheckpointError: it has rows that no token stands for.
+    """
     missing = rows - len(head["bias"])
+    if missing < 0:
+        raise CheckpointError(
+            f"{path}: its CTC head has {len(head['bias'])} rows, and its tokenizer only {rows} pieces.",
+            "Give --tokenizer another file: the head is then left out.",
+        )
     weight = torch.nn.functional.pad(head["weight"], (0, 0, 0, missing))
     return {"weight": weight, "bias": torch.nn.functional.pad(head["bias"], (0, missing), value=NEVER_SAID)}

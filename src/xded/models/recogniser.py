@@ -17,8 +17,8 @@ from xded.errors import CheckpointError, ConfigError
 from xded.exported import WEIGHTS, checked, is_exported
 from xded.exported import describe as describe_export
 from xded.exported import tokenizer_of as tokenizer_of_export
-from xded.models.checkpoints import load, sha256_of
-from xded.models.pretrained import begin_with, fitted, is_pretrained, open_pretrained
+from xded.models.checkpoints import checked_sha256_of, load
+from xded.models.pretrained import begin_with, fitted, is_pretrained, open_pretrained, provenance
 from xded.models.student import Student
 from xded.models.weights import load_weights
 from xded.models.whisper import whisper_recogniser
@@ -116,7 +116,7 @@ def load_recogniser(path: Path, *, device: str = "cpu", language: str = "en") ->
         config,
         provenance,
         path,
-        sha256_of(path),
+        checked_sha256_of(path),
         int(payload.get("epoch", 0)),
     )
 
@@ -166,7 +166,7 @@ def _pretrained(path: Path, device: str, language: str) -> Recogniser:
             f"{path}: its tokenizer and its head do not have the same special ids.", "Get the model again, whole."
         )
     student = student.to(device).eval()
-    return Recogniser(path.stem, student, tokenizer, config, (found.provenance,), path, found.sha256, 0)
+    return Recogniser(path.stem, student, tokenizer, config, (provenance(path),), path, found.sha256, 0)
 
 
 def _zero_shot(path: Path, tokenizer: Tokenizer, decode: dict[str, Any], layers: int) -> Config:

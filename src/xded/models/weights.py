@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from xded.errors import CheckpointError
+
+
+def shape_of(value: Tensor) -> str:
+    """As an error shows it."""
+    return str(tuple(value.shape))
+
+
+def misfits(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], kind_of: Callable[[Tensor], str] = shape_of
+) -> str:
+    """Every weight that is missing, unexpected or of another kind, by name; empty where all fit."""
+    lists = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "of another shape": [
+            f"{name} {kind_of(found[name])} for {kind_of(expected[name])}"
+            for name in sorted(expected.keys() & found.keys())
+            if kind_of(found[name]) != kind_of(expected[name])
+        ],
+    }
+    return "; ".join(f"{what}: {', '.join(names)} ({len(names)})" for what, names in lists.items() if names)
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
@@ -19,16 +40,8 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], path: Path) -
     Raises:
         CheckpointError: listing all missing, unexpected and misshapen weights.
     """
-    own = module.state_dict()
-    missing, unexpected = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
-    misshapen = [
-        f"{name} {tuple(weights[name].shape)} for {tuple(own[name].shape)}"
-        for name in sorted(set(own) & set(weights))
-        if own[name].shape != weights[name].shape
-    ]
-    if missing or unexpected or misshapen:
-        lists = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
-        problems = "; ".join(f"{kind}: {', '.join(names)} ({len(names)})" for kind, names in lists if names)
+    problems = misfits(weights, module.state_dict())
+    if problems:
         raise CheckpointError(
             f"{path} does not fit this model: {problems}.",
             "Give the model the size in the checkpoint's config, or leave out --init.",

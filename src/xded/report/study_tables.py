@@ -85,10 +85,12 @@ def _main(
             (system + heard, cell(total.overall.wra_percent), cell(total.speaker_mean_wra_percent),
              f"{total.overall.takes}{seeds}", *cells)
         )  # fmt: skip
+    pretrained = any(study.config_of(name).model.pretrained for name in study.attempts)
+    unknown = "; whom a pretrained encoder heard before is not on record" if pretrained else ""
     caption = (
         "WRA in per cent with 95 % bootstrap intervals: over takes, in 'mean of speakers' over speakers and takes. "
         f"Takes x seeds. {'Any text can come out' if decode == 'open' else f'The best of {len(words)} words'}. "
-        f"Speakers unseen, but where a row says otherwise; words {words_heard}. Normaliser {normaliser}. "
+        f"Speakers unseen, but where a row says otherwise{unknown}; words {words_heard}. Normaliser {normaliser}. "
         "Teachers are never those of the held-out speakers; the best one is chosen after the fact, for each speaker."
     )
     return Table(f"Attempts and baselines ({decode})", columns, tuple(rows), caption)

@@ -10,10 +10,11 @@ from pathlib import Path
 from xded.config import Config, DecodeConfig
 from xded.corpus.manifest import Recording, read_corpus
 from xded.models.recogniser import Recogniser, load_recogniser
-from xded.scoring import write_predictions
+from xded.scoring import Prediction, is_right, read_predictions, write_predictions
 from xded.study.plan import DecodeName
 from xded.targets.store import Store
 from xded.teachers.posteriors import KINDS, aggregate
+from xded.tokenizer import normalise
 from xded.training.data import TrainingData
 from xded.training.evaluation import recognise
 from xded.training.job import Job
@@ -57,13 +58,27 @@ def ask_about(
     ask(load_recogniser(checkpoint), test, words, decodes, out, seed)
 
 
+def in_our_spelling(prediction: Prediction, normaliser: str) -> Prediction:
+    """What a recogniser of another spelling said, so that any normaliser judges it as its own one does.
+
+    Whisper writes "X-ray." where the corpus has X-RAY: right without punctuation, and wrong in a study that keeps it.
+    """
+    right = is_right(prediction, normaliser)
+    said = prediction.reference if right else normalise(prediction.hypothesis, normaliser)
+    return replace(prediction, hypothesis=said)
+
+
 def ask_zero_shot(path: Path, test: Sequence[Recording], words: Sequence[str], out: Path) -> None:
     """The same of a pretrained recogniser, in its own way and with the words that its tokenizer can write."""
     recogniser = load_recogniser(path)
+    own = recogniser.tokenizer.normaliser
     lost = recogniser.tokenizer.unspellable(words)
     how = recogniser.config.decode
     decodes: dict[DecodeName, DecodeConfig] = {"open": how, "word list": how.model_copy(update={"word_list": True})}
     ask(recogniser, test, [word for word in words if word not in lost], decodes, out)
+    for decode in decodes:
+        kept = predictions_in(out, decode)
+        write_predictions(kept, [in_our_spelling(prediction, own) for prediction in read_predictions(kept)])
 
 
 def ask(

@@ -192,15 +192,16 @@ def _need_shape(what: str, shape: tuple[int, ...], dimensions: int = 2) -> None:
 
 
 def _of_tensor(tensor: torch.Tensor) -> np.ndarray:
-    array: np.ndarray = tensor.float().numpy()
+    array: np.ndarray = tensor.detach().float().numpy()
     return array
 
 
 def _need_floats(what: str, tensor: Any) -> None:
     import torch
 
-    plain = type(tensor) is torch.Tensor and tensor.layout == torch.strided and tensor.device.type == "cpu"
-    if not plain or not tensor.dtype.is_floating_point or tensor.is_quantized:
+    from xded.models.checkpoints import is_plain
+
+    if not is_plain(tensor) or not tensor.dtype.is_floating_point:
         kind = f"a tensor of {tensor.dtype}" if isinstance(tensor, torch.Tensor) else f"a {type(tensor).__name__}"
         raise RefusedError(f"has {kind} as {what}, where plain floating-point numbers are expected")
 
@@ -208,13 +209,12 @@ def _need_floats(what: str, tensor: Any) -> None:
 def _open_torch(path: Path) -> tuple[None, list[Any]]:
     import torch
 
-    from xded.models.checkpoints import load_tensors
+    from xded.models.checkpoints import is_packed, load_tensors
 
     if not zipfile.is_zipfile(path):
         raise RefusedError("is cut off, or no file of torch.save (PyTorch 1.6 or later)")
-    with zipfile.ZipFile(path) as archive:
-        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-            raise RefusedError("has compressed members, which torch.save does not write")
+    if is_packed(path):
+        raise RefusedError("has compressed members, which torch.save does not write")
     said = load_tensors(path, mapped=True)
     if isinstance(said, torch.Tensor):
         _need_floats("its content", said)

@@ -158,6 +158,7 @@ def import_teacher(plan: Plan, export: Export) -> Imported:
     kept = _kept(final, settings)
     if kept is not None:
         return kept
+    shutil.rmtree(final, ignore_errors=True)  # of other files or settings: whatever comes of these, it is stale
     new = not plan.out.exists()
     temporary = final.with_name(final.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -171,7 +172,6 @@ def import_teacher(plan: Plan, export: Export) -> Imported:
         if any(stream.status == "imported" for stream in result.streams):
             rows = {"streams": [asdict(s) for s in result.streams], "findings": [asdict(f) for f in result.findings]}
             (temporary / IMPORTED).write_text(json.dumps({"settings": settings, **rows}, indent=1), encoding="utf-8")
-            shutil.rmtree(final, ignore_errors=True)
             temporary.replace(final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

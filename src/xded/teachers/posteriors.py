@@ -273,11 +273,13 @@ def partners_of(
     teacher's own speaker saying the same block, prompt and microphone; the n-th take is paired with the n-th (around
     in a circle).
     """
+    kept = config.target.coverage, config.target.min_teachers
     if config.target.heard == "same_audio":
-        known = {s: {r.recording for r in rows} for s, rows in asked.items()}
-        return {r.recording: {s: r.recording for s in asked if r.recording in known[s]} for r in recordings}
+        known = {s: [r.recording for r in rows] for s, rows in asked.items()}
+        heard = coverage(known, *kept)
+        return {r.recording: dict.fromkeys(heard[r.recording], r.recording) for r in recordings if r.recording in heard}
     own = {s: _by_key(rows) for s, rows in asked.items()}
-    covered = coverage({s: set(keys) for s, keys in own.items()}, config.target.coverage, config.target.min_teachers)
+    covered = coverage({s: list(keys) for s, keys in own.items()}, *kept)
     seen: dict[tuple[str, tuple[str, str, str]], int] = {}
     partners = {}
     for recording in sorted(recordings, key=lambda r: r.take):

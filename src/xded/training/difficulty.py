@@ -96,7 +96,8 @@ def difficulty_of(config: Config, student: Student, data: TrainingData, device: 
         return np.array([_under_targets(data, index) for index in range(len(data))])
     if config.train.init is None:
         raise ConfigError(
-            "train.curriculum.difficulty is parent, and the run starts from scratch: random weights find nothing hard.",
+            "train.curriculum.difficulty is parent, and the run has none (--init): heads that were never trained find "
+            "nothing hard.",
             "Give --init, or set train.curriculum.difficulty to duration or targets.",
         )
     return _under_start(config, student.to(device), data)

@@ -127,8 +127,13 @@ def decoded_how(config: DecodeConfig) -> dict[str, str]:
     search = "greedy" if config.beam == 1 else f"beam {config.beam}"
     return {
         "word_list": "closed" if config.word_list else "open",
-        "decode": "word list, both heads" if config.word_list else f"{config.mode} {search}",
+        "decode": f"word list, {_listed_by(config)}" if config.word_list else f"{config.mode} {search}",
     }
+
+
+def _listed_by(config: DecodeConfig) -> str:
+    """Which heads choose among listed words: one that a recogniser does not have counts nothing."""
+    return {0.0: "attention decoder", 1.0: "CTC head"}.get(config.ctc_weight, "both heads")
 
 
 def share_seen(tested: Set[Hashable], heard: Set[Hashable]) -> str:

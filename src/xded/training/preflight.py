@@ -16,6 +16,7 @@ from xded.errors import CheckpointError, ConfigError, CorpusError, XdedError
 from xded.findings import CHECKS, Examination, Finding
 from xded.models.checkpoints import load
 from xded.models.pretrained import begin_with, open_pretrained
+from xded.models.pretrained import provenance as provenance_of_pretrained
 from xded.models.recogniser import provenance_of, resolve
 from xded.models.student import Student
 from xded.models.weights import load_weights
@@ -83,8 +84,12 @@ class Gate(Examination):
         return rows
 
 
-def preflight(job: Job, student: Student, gate: Gate) -> tuple[dict[Kind, Store], tuple[Provenance, ...]]:
+def preflight(
+    job: Job, student: Student, gate: Gate, *, going_on: bool = False
+) -> tuple[dict[Kind, Store], tuple[Provenance, ...]]:
     """Loads what the run starts from and looks at everything; nothing is decided yet (`Gate.decide`).
+
+    A run that is going on has its weights: the pretrained encoder that it began with is not read again.
 
     Returns:
         Targets by kind, and what the run will have heard.
@@ -100,12 +105,18 @@ def preflight(job: Job, student: Student, gate: Gate) -> tuple[dict[Kind, Store]
     stores = open_targets(job, gate)
     inherited: tuple[Provenance, ...] = ()
     if job.config.train.init is not None or job.config.model.pretrained is not None:
-        inherited = gate.must("partial-load", job.name, lambda: initialise(job, student)) or ()
+        inherited = gate.must("partial-load", job.name, lambda: initialise(job, student, going_on)) or ()
     if job.config.objective.ctc:
         gate.must("unspellable", job.name, lambda: check_spelling(job, student), f"{len(everything)} recordings")
     frozen = [stage.freeze_encoder for stage in job.config.train.stages]
     if sorted(frozen, reverse=True) != frozen:
         raise ConfigError("A stage with a frozen encoder follows one that trains it.", "Put the frozen stages first.")
+    layers = len(student.encoder.layers)
+    if job.config.train.freeze_layers > layers:
+        raise ConfigError(
+            f"freeze_layers is {job.config.train.freeze_layers}, and the encoder has {layers} layers.",
+            f"Freeze at most {layers}.",
+        )
     provenance = (
         _heard(job.name, job.train),
         *((_heard(f"model selection of {job.name}", job.validation),) if job.validation else ()),
@@ -115,7 +126,7 @@ def preflight(job: Job, student: Student, gate: Gate) -> tuple[dict[Kind, Store]
     )
     gate.must(
         "leakage", job.name, lambda: guard(job.fold, provenance, job.test_takes),
-        f"{len(provenance)} sources, {len(job.test_takes)} test takes",
+        data.sources_said(provenance, job.test_takes),
     )  # fmt: skip
     look_at_data(job, gate)
     look_at_settings(job, stores, gate)
@@ -158,18 +169,21 @@ def fits_normaliser(config: Config) -> bool:
     return own_front_end and config.features.normalisation == "global" and config.train.init is None
 
 
-def initialise(job: Job, student: Student) -> tuple[Provenance, ...]:
-    """Loads the weights that the run starts from: a checkpoint's, or a pretrained encoder's.
+def initialise(job: Job, student: Student, going_on: bool) -> tuple[Provenance, ...]:
+    """Loads the weights that the run starts from: a checkpoint's, or a pretrained encoder's unless it is going on.
 
     Returns:
         What they have heard.
     """
     if job.config.train.init is None:
-        assert job.config.model.pretrained is not None
-        found = open_pretrained(job.config.model.pretrained)
-        weights = begin_with(student, found, job.tokenizer)
-        job.facts["loaded"] = loaded(student, weights, of=weights)
-        return (found.provenance,)
+        path = job.config.model.pretrained
+        assert path is not None
+        if not going_on:
+            weights = begin_with(student, open_pretrained(path), job.tokenizer)
+            job.facts["loaded"] = loaded(student, weights, of=weights)
+            own_head = any(name.startswith("ctc_head.") for name in weights)
+            job.facts["init"] = f"encoder of {path}, {'with its own' if own_head else 'a new'} CTC head"
+        return (provenance_of_pretrained(path),)
     path = resolve(job.config.train.init)
     payload = load(path)
     if payload.get("tokenizer_fingerprint") != job.tokenizer.fingerprint:

@@ -95,7 +95,7 @@ def fit(job: Job, *, resume: bool = False, quiet: bool = False, place: Place | N
     if checkpoint is not None:
         check_same_config(checkpoint["config"], job)
     gate = Gate(job.force)
-    stores, provenance = preflight(job, student, gate)
+    stores, provenance = preflight(job, student, gate, going_on=checkpoint is not None)
     gate.decide()
     if checkpoint is not None and provenance_of(checkpoint) != provenance:
         raise ConfigError(
@@ -181,6 +181,15 @@ def write_run_files(job: Job) -> None:
     write_atomically(job.out / "env.json", json.dumps(env, indent=1))
 
 
+def started_from(config: Config) -> str:
+    """What a run begins with, for its status: the parent's weights go over a pretrained encoder's."""
+    if config.train.init is not None:
+        return str(config.train.init)
+    if config.model.pretrained is not None:
+        return f"encoder of {config.model.pretrained}"
+    return "from scratch"
+
+
 def facts_of(
     job: Job, student: Student, stages: Sequence[StageConfig], provenance: Sequence[Provenance]
 ) -> dict[str, Any]:
@@ -192,7 +201,7 @@ def facts_of(
         "data": f"{len(job.train)} recordings, {len({r.take for r in job.train})} takes, {hours:.2f} h of "
         f"{len(speakers)} speakers ({', '.join(speakers)}); {len(job.validation)} for validation",
         "held_out": ", ".join(job.fold.held_out) + (" (included)" if job.fold.include_held_out else ""),
-        "init": str(job.config.train.init or "from scratch"),
+        "init": started_from(job.config),
         "tokenizer": f"{job.tokenizer.size} pieces, fingerprint {job.tokenizer.fingerprint[:12]}",
         "stages": [stage.model_dump(mode="json") for stage in stages],
         "parameters": {**student.parameter_counts(), "with_gradient": 0},
