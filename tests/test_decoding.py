@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from exported_model import random_student
 from xded.config import DecodeConfig, ModelConfig
 from xded.decoding import (
     check_max_length,
@@ -24,6 +25,7 @@ from xded.decoding import (
 from xded.errors import CheckpointError, ConfigError, TokenizerError
 from xded.features import valid_mask
 from xded.models.student import Student
+from xded.models.token_tree import TokenTree
 from xded.tokenizer import Tokenizer
 
 WORDS = ["ABBA", "BAD", "CAB", "DAD", "A", "DECADE"]
@@ -72,10 +74,13 @@ class Fake:
     def ctc_logits(self, encoded: Tensor) -> Tensor:
         return encoded
 
-    def decoder_logits(self, tokens: Tensor, encoded: Tensor, encoded_lengths: Tensor) -> Tensor:
+    def decoder_logits(
+        self, tokens: Tensor, encoded: Tensor, encoded_lengths: Tensor, seen: Tensor | None = None
+    ) -> Tensor:
         heard = encoded.masked_fill(~valid_mask(encoded_lengths, encoded.shape[1])[:, :, None], 0).sum(1)
-        steps = torch.arange(1, tokens.shape[1] + 1)[:, None]
-        history = (self.table[tokens] * steps).cumsum(1)
+        if seen is None:
+            seen = torch.ones(2 * tokens.shape[1:]).tril()
+        history = seen.float() @ (self.table[tokens] * seen.sum(1)[:, None])
         return (heard[:, None] + history).sin() * 3
 
 
@@ -232,6 +237,63 @@ def test_long_word_lists_are_scored_in_parts() -> None:
     assert together[0].tolist() == pytest.approx(alone, abs=1e-5)
 
 
+def test_a_beginning_that_words_share_is_read_once() -> None:
+    tree = TokenTree.of([(5, 6), (5,), (5, 6, 7), (8, 6), (5, 6)], bos=1)
+    assert tree.tokens.tolist() == [1, 5, 6, 7, 8, 6]
+    assert tree.parents.tolist() == [0, 1, 2, 0, 4]
+    assert tree.ends.tolist() == [2, 1, 3, 5, 2]
+    ways = [set(np.flatnonzero(row)) for row in tree.seen.numpy()]
+    assert ways == [{0}, {0, 1}, {0, 1, 2}, {0, 1, 2, 3}, {0, 4}, {0, 4, 5}]
+
+
+class Plain:
+    """A student of which decoding does not know that it is one: prefixes are read whole at every step."""
+
+    training, has_ctc, has_decoder = False, True, True
+
+    def __init__(self, student: Student) -> None:
+        self.encode, self.ctc_logits, self.decoder_logits = student.encode, student.ctc_logits, student.decoder_logits
+
+
+@pytest.mark.parametrize("seed", range(4))
+@torch.no_grad()
+def test_what_is_kept_of_the_prefixes_changes_no_text(seed: int) -> None:
+    """Greedy and beam search of a student's cached steps against its whole decoder at every step."""
+    tokenizer = specials_first(9)
+    student = random_student(tokenizer.size, seed, decoder_layers=3)
+    student.decoder_head.weight *= 4  # sure of itself: long texts
+    encoded, lengths = noise(7, 11, student.encoder.width, seed=seed), torch.tensor([11, 1, 4, 9, 11, 6, 2])
+    greedy, plain = (decoder_greedy(m, encoded, lengths, tokenizer, 8) for m in (student, Plain(student)))
+    assert [tokens for tokens, _ in greedy] == [tokens for tokens, _ in plain]
+    assert [score for _, score in greedy] == pytest.approx([score for _, score in plain], abs=1e-4)
+    for beam in (2, 5):
+        kept, plain = (decoder_beam(m, encoded, lengths, tokenizer, 8, beam) for m in (student, Plain(student)))
+        assert [tokens for tokens, _ in kept] == [tokens for tokens, _ in plain]
+        assert [score for _, score in kept] == pytest.approx([score for _, score in plain], abs=1e-4)
+        assert len({tokens for tokens, _ in kept}) > 2
+        assert max(len(tokens) for tokens, _ in kept) > 3
+
+
+@torch.no_grad()
+def test_a_word_list_is_scored_as_every_word_by_itself() -> None:
+    """By the whole decoder on one padded row a word, as in training."""
+    tokenizer = specials_first(6)
+    student = random_student(tokenizer.size)
+    encoded, lengths = noise(3, 9, student.encoder.width), torch.tensor([9, 5, 7])
+    words = [w for n in (1, 2, 3) for w in itertools.product(range(3, 9), repeat=n)] + [(3, 3), (4, 5, 6, 7, 8)]
+    scores = word_list_scores(student, encoded, lengths, words, 0.0, tokenizer)
+    rows = [torch.tensor([tokenizer.bos, *word, tokenizer.eos]) for word in words]
+    texts = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.eos)  # [W, U + 2]
+    counted = valid_mask(torch.tensor([len(word) + 1 for word in words]), texts.shape[1] - 1)
+    for row in range(3):
+        heard = encoded[row : row + 1].expand(len(words), -1, -1)
+        logits = student.decoder_logits(texts[:, :-1], heard, lengths[row].expand(len(words)))
+        steps = logits.log_softmax(2).gather(2, texts[:, 1:, None])[:, :, 0]
+        wanted = steps.masked_fill(~counted, 0).sum(1)
+        assert wanted.std() > 1
+        torch.testing.assert_close(scores[row].float(), wanted, atol=1e-4, rtol=0)
+
+
 LENGTHS = torch.tensor([120, 64, 97, 45, 80])  # frames of five made-up recordings
 FEATURES = (noise(5, 120, 80, scale=0.5) + noise(5, 1, 80, seed=1)).masked_fill(
     ~valid_mask(LENGTHS, 120)[:, :, None], 0
@@ -308,8 +370,11 @@ def test_what_cannot_be_decoded_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(TokenizerError, match=r"'ZOO' \(<unk> for O Z\)"):
         decode(model, features, lengths, closed, tokenizer, ["CAB", "ZOO"])
     for settings in MODES:
-        with pytest.raises(CheckpointError, match="NaN"):
-            decode_encoded(model, features * torch.nan, lengths, settings, tokenizer, WORDS)
+        for last in (0, -1):  # of the pieces: one NaN is enough
+            damaged = features.clone()
+            damaged[0, 2, last] = torch.nan
+            with pytest.raises(CheckpointError, match="NaN"):
+                decode_encoded(model, damaged, lengths, settings, tokenizer, WORDS)
     model.training = True
     with pytest.raises(ValueError, match="eval"):
         decode(model, features, lengths, DecodeConfig(), tokenizer)

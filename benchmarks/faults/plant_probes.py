@@ -45,8 +45,8 @@ def decoder_without_mask() -> Any:
     return around(
         Student,
         "decoder_logits",
-        lambda original, self, tokens, encoded, lengths: original(
-            self, tokens, encoded, torch.full_like(lengths, encoded.shape[1])
+        lambda original, self, tokens, encoded, lengths, *seen: original(
+            self, tokens, encoded, torch.full_like(lengths, encoded.shape[1]), *seen
         ),
     )
 

@@ -42,11 +42,11 @@ def around(owner: Any, name: str, change: Callable[..., Any]) -> AbstractContext
 def decoder_no_grad(bench: Workbench, out: Path) -> list[Path]:
     """The decoder is called under torch.no_grad, its head is not (the study's scratch model: 7 % of it learnt)."""
 
-    def logits(self: Student, tokens: Tensor, encoded: Tensor, lengths: Tensor) -> Tensor:
+    def logits(self: Student, *inputs: Tensor) -> Tensor:
         heard: list[Tensor] = []
         hook = self.decoder_head.register_forward_pre_hook(lambda module, inputs: heard.append(inputs[0].detach()))
         with torch.no_grad():
-            original(self, tokens, encoded, lengths)
+            original(self, *inputs)
         hook.remove()
         return self.decoder_head(heard[0])
 
@@ -264,11 +264,11 @@ def mean_memory() -> AbstractContextManager[Any]:
     """The decoder gets the encoder's mean over time at every frame."""
 
     def pooled(
-        original: Callable[..., Tensor], self: Student, tokens: Tensor, encoded: Tensor, frames: Tensor
+        original: Callable[..., Tensor], self: Student, tokens: Tensor, encoded: Tensor, frames: Tensor, *seen: Tensor
     ) -> Tensor:
         heard = valid_mask(frames, encoded.shape[1])[:, :, None]
         mean = (encoded * heard).sum(1, keepdim=True) / frames[:, None, None]
-        return original(self, tokens, mean.expand_as(encoded), frames)
+        return original(self, tokens, mean.expand_as(encoded), frames, *seen)
 
     return around(Student, "decoder_logits", pooled)
 

@@ -20,13 +20,16 @@ from xded.audio import read_audio
 from xded.config import DecodeConfig
 from xded.errors import CheckpointError, ConfigError, TokenizerError
 from xded.features import valid_mask
+from xded.models.decoder_step import DecoderStep
+from xded.models.student import Student
+from xded.models.token_tree import TokenTree
 from xded.tokenizer import Tokenizer, normalise
 
 if TYPE_CHECKING:
     from xded.models.recogniser import Recogniser as LoadedRecogniser
 
 Found = tuple[tuple[int, ...], float]  # tokens without <s> and </s>, log-probability
-WORDS_AT_ONCE = 128  # of a word list; bounds memory: 128 words of 7 tokens at V = 5000 take 20 MiB of logits
+WORDS_AT_ONCE = 128  # of a word list; bounds memory: 128 words of 7 tokens at V = 5000 take at most 20 MiB of logits
 
 
 class Recogniser(Protocol):
@@ -52,8 +55,10 @@ class Recogniser(Protocol):
         """[B, T', D] -> [B, T', V]."""
         ...
 
-    def decoder_logits(self, tokens: Tensor, encoded: Tensor, encoded_lengths: Tensor) -> Tensor:
-        """[B, U] starting with <s>, [B, T', D], [B] -> [B, U, V]."""
+    def decoder_logits(
+        self, tokens: Tensor, encoded: Tensor, encoded_lengths: Tensor, seen: Tensor | None = None
+    ) -> Tensor:
+        """[B, U] starting with <s>, [B, T', D], [B], and what each step has seen, [U, U] -> [B, U, V]."""
         ...
 
 
@@ -155,11 +160,12 @@ def decoder_greedy(
         Tokens and their log-probability, that of </s> included, [B].
     """
     rows, eos = len(encoded), tokenizer.eos
+    writing = _Writing(model, encoded, lengths, tokenizer)
     tokens = torch.full((rows, 1), tokenizer.bos, device=encoded.device)
     scores = torch.zeros(rows, device=encoded.device)
     running = torch.ones(rows, dtype=torch.bool, device=encoded.device)
     for step in range(max_length + 1):
-        log_probs = _next_log_probs(model, tokens, encoded, lengths, tokenizer)  # [B, V]
+        log_probs = writing.next_log_probs(tokens)  # [B, V]
         best, token = log_probs.max(dim=1)
         if step == max_length:  # only the end may follow
             best, token = log_probs[:, eos], torch.full_like(token, eos)
@@ -192,13 +198,13 @@ def decoder_beam(
         Tokens and their log-probability, that of </s> included, [B].
     """
     rows, device, eos = len(encoded), encoded.device, tokenizer.eos
-    each_encoded, each_lengths = encoded.repeat_interleave(beam, 0), lengths.repeat_interleave(beam, 0)
+    writing = _Writing(model, encoded, lengths, tokenizer, beam)
     tokens = torch.full((rows, beam, 1), tokenizer.bos, device=device)  # [B, K, U]
     scores = torch.full((rows, beam), -torch.inf, device=device)
     scores[:, 0] = 0.0  # the beam starts as one prefix
     best: list[Found] = [((), -float("inf"))] * rows
     for step in range(max_length + 1):
-        log_probs = _next_log_probs(model, tokens.flatten(0, 1), each_encoded, each_lengths, tokenizer)
+        log_probs = writing.next_log_probs(tokens.flatten(0, 1))
         candidates = scores[:, :, None] + log_probs.unflatten(0, (rows, beam))  # [B, K, V]
         ended, which = candidates[:, :, eos].max(dim=1)
         for row, (score, k) in enumerate(zip(ended.tolist(), which.tolist(), strict=True)):
@@ -212,16 +218,43 @@ def decoder_beam(
         parent, token = flat // log_probs.shape[1], flat % log_probs.shape[1]
         prefixes = tokens.gather(1, parent[:, :, None].expand(-1, -1, tokens.shape[2]))
         tokens = torch.cat([prefixes, token[:, :, None]], dim=2)
+        writing.go_on_with(parent)
     return best
 
 
-def _next_log_probs(
-    model: Recogniser, tokens: Tensor, encoded: Tensor, lengths: Tensor, tokenizer: Tokenizer
-) -> Tensor:
-    """Log-probabilities of the token after each prefix, without those that no text holds: [B, U] -> [B, V]."""
-    log_probs = _log_probs(model.decoder_logits(tokens, encoded, lengths)[:, -1])
-    log_probs[:, list(tokenizer.unwritten)] = -torch.inf
-    return log_probs
+class _Writing:
+    """A decoder at work on `texts` prefixes of each recording (N = B * texts rows, those of a recording together).
+
+    A student keeps what it has computed of the prefixes; any other model reads them again at every step.
+    """
+
+    def __init__(
+        self, model: Recogniser, encoded: Tensor, lengths: Tensor, tokenizer: Tokenizer, texts: int = 1
+    ) -> None:
+        self.model, self.unwritten, self.texts = model, list(tokenizer.unwritten), texts
+        self.lengths = lengths.repeat_interleave(texts)
+        self.step = DecoderStep(model) if isinstance(model, Student) else None
+        if self.step:
+            self.memory = [part.repeat_interleave(texts, 1) for part in self.step.remember(encoded)]
+            self.past: Sequence[Tensor] = self.step.start(len(self.lengths))
+        else:
+            self.encoded = encoded.repeat_interleave(texts, 0)
+
+    def next_log_probs(self, tokens: Tensor) -> Tensor:
+        """Log-probabilities of the token after each prefix, without those that no text holds: [N, U] -> [N, V]."""
+        if self.step:
+            logits, *self.past = self.step(tokens[:, -1:], *self.memory, self.lengths, *self.past)
+        else:
+            logits = self.model.decoder_logits(tokens, self.encoded, self.lengths)[:, -1]
+        log_probs = _log_probs(logits)
+        log_probs[:, self.unwritten] = -torch.inf
+        return log_probs
+
+    def go_on_with(self, parents: Tensor) -> None:
+        """The next prefixes are longer by one than these of the same recording, [B, texts]."""
+        if self.step:
+            rows = torch.arange(len(parents), device=parents.device)[:, None] * self.texts + parents
+            self.past = [part[:, rows.flatten()] for part in self.past]
 
 
 def word_list_scores(
@@ -254,13 +287,16 @@ def word_list_scores(
     _need(model, ctc=ctc_weight > 0, decoder=ctc_weight < 1, ctc_weight=ctc_weight)
     scores = torch.zeros(len(encoded), len(word_tokens), dtype=torch.double)
     targets, target_lengths = _pad(word_tokens, tokenizer.eos)
+    starts = range(0, len(word_tokens), WORDS_AT_ONCE) if ctc_weight < 1 else ()
+    trees = [TokenTree.of(word_tokens[start : start + WORDS_AT_ONCE], tokenizer.bos) for start in starts]
     for row, length in enumerate(lengths.tolist()):
         heard = encoded[row : row + 1, :length]  # without padding: other recordings cannot change it
         if ctc_weight > 0:
             log_probs = _log_probs(model.ctc_logits(heard)[0])
             scores[row] += ctc_weight * _ctc_words(log_probs, targets, target_lengths, tokenizer.blank)
         if ctc_weight < 1:
-            scores[row] += (1 - ctc_weight) * _decoder_words(model, heard, targets, target_lengths, tokenizer)
+            words = torch.cat([_decoder_words(model, heard, tree, tokenizer.eos) for tree in trees])
+            scores[row] += (1 - ctc_weight) * words
     return scores
 
 
@@ -294,7 +330,7 @@ def _log_probs(logits: Tensor) -> Tensor:
         CheckpointError: when there is a NaN, which every search would turn into some text.
     """
     log_probs = logits.float().log_softmax(dim=-1)
-    if log_probs.isnan().any():
+    if log_probs[..., 0].isnan().any():  # one NaN makes the whole distribution NaN
         raise CheckpointError(
             "The model's outputs are not numbers (NaN).", "Its weights are damaged: use an earlier checkpoint."
         )
@@ -324,20 +360,13 @@ def _ctc_words(log_probs: Tensor, targets: Tensor, target_lengths: Tensor, blank
     return torch.cat(scores)
 
 
-def _decoder_words(
-    model: Recogniser, heard: Tensor, targets: Tensor, target_lengths: Tensor, tokenizer: Tokenizer
-) -> Tensor:
-    """Decoder log-probability of words [W, U] and </s> given encoded [1, T, D]: [W]."""
-    ends = targets.new_full((len(targets), 1), tokenizer.eos)
-    inputs = torch.cat([torch.full_like(ends, tokenizer.bos), targets], dim=1).to(heard.device)  # [W, U + 1]
-    outputs = torch.cat([targets, ends], dim=1).to(heard.device)  # padded with </s> too: the first one ends the word
-    scores = []
-    for part, wanted in zip(inputs.split(WORDS_AT_ONCE), outputs.split(WORDS_AT_ONCE), strict=True):
-        frames = torch.full((len(part),), heard.shape[1], device=heard.device)
-        logits = model.decoder_logits(part, heard.expand(len(part), -1, -1), frames)
-        scores.append(_log_probs(logits).gather(2, wanted[:, :, None])[:, :, 0])
-    counted = valid_mask(target_lengths + 1, outputs.shape[1])
-    return torch.cat(scores).cpu().double().masked_fill(~counted, 0.0).sum(1)
+def _decoder_words(model: Recogniser, heard: Tensor, tree: TokenTree, eos: int) -> Tensor:
+    """Decoder log-probability of the words of a tree and </s> given encoded [1, T, D]: [W]."""
+    tokens, frames = tree.tokens.to(heard.device), torch.tensor([heard.shape[1]], device=heard.device)
+    log_probs = _log_probs(model.decoder_logits(tokens[None], heard, frames, tree.seen.to(heard.device)))[0]  # [N, V]
+    steps = F.pad(log_probs[tree.parents, tokens[1:]], (1, 0)).cpu().double()  # <s> is given
+    ends = log_probs[tree.ends, eos].cpu().double()
+    return torch.where(tree.seen[tree.ends], steps, 0.0).sum(1) + ends
 
 
 def decode(

@@ -7,8 +7,10 @@ Example: xded transcribe runs/M08/best.pt take1.wav take2.flac --word-list words
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,14 +72,26 @@ def _listener(
         _need_cpu(device)
         return Exported(path, decode_settings(describe(path).as_config(), changes), words).hear
 
-    from xded.decoding import hear
-    from xded.models.recogniser import load_recogniser, pick_device
+    with _what_stays():
+        from xded.decoding import hear
+        from xded.models.recogniser import load_recogniser, pick_device
 
-    recogniser = load_recogniser(path, device=str(pick_device(device)), language=language)
+        recogniser = load_recogniser(path, device=str(pick_device(device)), language=language)
     settings = decode_settings(recogniser.config, changes)
     if words is not None:
         recogniser.tokenizer.self_test(words)
     return lambda audio: hear(recogniser, audio, settings, words)
+
+
+@contextmanager
+def _what_stays() -> Iterator[None]:
+    """Nothing made in it is looked at for garbage, which would take a seventh of a cold start."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _need_cpu(device: str) -> None:

@@ -100,23 +100,28 @@ class Student(nn.Module):
         """[B, T', D] -> [B, T', V]."""
         return self.ctc_head(encoded)
 
-    def decoder_logits(self, tokens: Tensor, encoded: Tensor, encoded_lengths: Tensor) -> Tensor:
+    def decoder_logits(
+        self, tokens: Tensor, encoded: Tensor, encoded_lengths: Tensor, seen: Tensor | None = None
+    ) -> Tensor:
         """Next-token scores after every prefix.
 
         Args:
             tokens: [B, U], starting with <s>; tokens after the end of a row change nothing before it.
             encoded: [B, T', D].
             encoded_lengths: [B].
+            seen: [U, U], which tokens each step has seen, itself and <s> among them, where texts branch (a word list);
+                otherwise tokens 0..u.
 
         Returns:
-            [B, U, V]; step u has seen tokens 0..u.
+            [B, U, V].
         """
-        steps = tokens.shape[1]
-        hidden = self.embedding(tokens) * math.sqrt(self.config.width) + self.positions[:steps]
-        future = torch.ones(steps, steps, dtype=torch.bool, device=tokens.device).triu(1)
+        if seen is None:
+            seen = torch.ones(2 * tokens.shape[1:], dtype=torch.bool, device=tokens.device).tril()
+        positions = self.positions[seen.sum(1) - 1]
+        hidden = self.embedding(tokens) * math.sqrt(self.config.width) + positions
         padding = ~valid_mask(encoded_lengths, encoded.shape[1])
         hidden = self.decoder(
-            self.decoder_dropout(hidden), self.bridge(encoded), tgt_mask=future, memory_key_padding_mask=padding
+            self.decoder_dropout(hidden), self.bridge(encoded), tgt_mask=~seen, memory_key_padding_mask=padding
         )
         return self.decoder_head(hidden)
 

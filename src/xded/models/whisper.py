@@ -91,41 +91,46 @@ class WhisperRecogniser(nn.Module):
         """
         raise ConfigError("A Whisper model has no CTC head.", "Use its decoder: --set decode.mode=decoder.")
 
-    def decoder_logits(self, tokens: Tensor, encoded: Tensor, encoded_lengths: Tensor) -> Tensor:
+    def decoder_logits(
+        self, tokens: Tensor, encoded: Tensor, encoded_lengths: Tensor, seen: Tensor | None = None
+    ) -> Tensor:
         """Next-token scores after every prefix; minus infinity for what the model may not write.
 
         The prompt (<|startoftranscript|>, language, <|transcribe|>, <|notimestamps|>) stands where `tokens` have <s>.
 
         Args:
             tokens: [B, U], starting with <s>.
-            encoded: [B, T', D]; one recording that is expanded to all rows (a word list) is attended to once.
+            encoded: [B, T', D].
             encoded_lengths: [B], all T'.
+            seen: [U, U], which tokens each step has seen, itself and <s> among them, where texts branch (a word list);
+                otherwise tokens 0..u.
 
         Returns:
-            [B, U, V]; step u has seen the prompt and tokens 1..u.
+            [B, U, V]; every step has seen the prompt.
 
         Raises:
             ConfigError: the text is longer than the decoder's positions.
         """
-        rows, steps = tokens.shape
-        if steps - 1 > self.most_tokens:
+        if seen is None:
+            seen = torch.ones(2 * tokens.shape[1:], dtype=torch.bool, device=tokens.device).tril()
+        places = seen.sum(1) - 1  # tokens of the text up to each step
+        if int(places.max()) > self.most_tokens:
             raise ConfigError(
                 f"This Whisper model writes at most {self.most_tokens} tokens.", "Use a lower --max-length."
             )
-        shared = encoded.stride(0) == 0
-        heard = encoded[:1] if shared else encoded
-        prompt = self.prompt.expand(len(heard), -1)
-        said = self.decoder(input_ids=prompt, encoder_hidden_states=heard, use_cache=True)
-        hidden = said.last_hidden_state[:, -1:].expand(rows, -1, -1)
-        if steps > 1:
-            memory = said.past_key_values
-            if shared:
-                for part in (memory.self_attention_cache, memory.cross_attention_cache):
-                    for layer in part.layers:
-                        layer.keys = layer.keys.expand(rows, -1, -1, -1)
-                        layer.values = layer.values.expand(rows, -1, -1, -1)
+        prompt = self.prompt.expand(len(tokens), -1)
+        said = self.decoder(input_ids=prompt, encoder_hidden_states=encoded, use_cache=True)
+        hidden = said.last_hidden_state[:, -1:]
+        if len(places) > 1:
+            heard = F.pad(seen[1:, 1:], (prompt.shape[1], 0), value=True)
+            mask = torch.zeros(heard.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(~heard, -torch.inf)
             more = self.decoder(
-                input_ids=tokens[:, 1:], encoder_hidden_states=encoded, past_key_values=memory, use_cache=True
+                input_ids=tokens[:, 1:],
+                attention_mask=mask.expand(len(tokens), 1, -1, -1),
+                position_ids=(prompt.shape[1] - 1 + places[1:])[None],
+                encoder_hidden_states=encoded,
+                past_key_values=said.past_key_values,
+                use_cache=True,
             )
             hidden = torch.cat([hidden, more.last_hidden_state], dim=1)
         logits = F.linear(hidden, self.decoder.embed_tokens.weight)
