@@ -1,3 +1,4 @@
+import gc
 import json
 
 import pytest
@@ -54,6 +55,9 @@ def test_unknown_keys_and_blank_lines_of_foreign_manifests_are_ignored(tmp_path)
         ({"duration": float("inf")}, "'duration' is inf"),
         ({"text": "  "}, "'text' is empty"),
         ({"speaker": ""}, "'speaker' is empty"),
+        ({"speaker": "../../S1"}, "'speaker' is '../../S1': Value error, it names folders"),
+        ({"speaker": "S\\1"}, "it names folders"),
+        ({"speaker": ".."}, "it names folders"),
         ({"band": "awful"}, "'band' is 'awful'"),
         ({"audio_sha256": "abc"}, "'audio_sha256' is 'abc'"),
         ({"recording": "first"}, "recording id 'first' is used twice"),
@@ -78,6 +82,28 @@ def test_wrong_line_is_named_with_file_line_and_remedy(tmp_path, changes, said):
 def test_line_that_is_no_object_is_named(tmp_path, line):
     with pytest.raises(CorpusError, match="line 2: "):
         read_corpus(write_lines(tmp_path, make_row(tmp_path), line))
+
+
+def test_lines_that_only_the_slow_parser_reads_are_recordings_like_others(tmp_path):
+    nested = json.dumps(make_row(tmp_path, "a"))[:-1] + ', "extra": ' + "[" * 300 + "]" * 300 + "}\r"
+    plain, strange = read_corpus(write_lines(tmp_path, make_row(tmp_path, "b"), nested)).recordings
+    assert strange.audio_filepath == tmp_path / "audio" / "a.wav"
+    assert strange == plain.model_copy(update={"audio_filepath": strange.audio_filepath, "recording": "a", "take": "a"})
+
+
+def test_recordings_share_nothing_that_a_copy_changes(tmp_path):
+    first, second = read_corpus(write_lines(tmp_path, make_row(tmp_path), make_row(tmp_path, "b"))).recordings
+    changed = first.model_copy(update={"mic": "M2"})
+    assert changed.model_dump(exclude_unset=True)["mic"] == "M2"
+    assert "mic" not in first.model_dump(exclude_unset=True) | second.model_dump(exclude_unset=True)
+
+
+def test_text_that_is_not_utf_8_is_refused_with_its_line(tmp_path):
+    path = write_lines(tmp_path, make_row(tmp_path))
+    path.write_bytes(path.read_bytes() + b'{"text": "M\xfcll"}\n')
+    with pytest.raises(CorpusError, match=r"not UTF-8 text \(line 2: .*0xfc"):
+        read_corpus(path)
+    assert gc.isenabled()  # reading stops the collector
 
 
 def test_several_problems_are_reported_at_once_and_counted(tmp_path):
@@ -120,6 +146,8 @@ def test_corpus_selects_by_speaker_and_role_and_suggests_names(tmp_path):
     assert corpus.texts == ("NO", "YES")
     assert [r.recording for r in corpus.select(role="control")] == ["y"]
     assert [r.recording for r in corpus.select(["M08"])] == ["x"]
+    assert [r.recording for r in corpus.select(["M08", "CF02"])] == ["x", "y"]
+    assert corpus.select(["M08"], "control") == ()
     assert (corpus.role_of("CF02"), corpus.band_of("M08"), corpus.band_of("CF02")) == ("control", "high", None)
     with pytest.raises(CorpusError, match="no speaker 'm8' \\(did you mean 'M08'\\?\\)"):
         corpus.select(["m8"])

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+)
 
 from xded.errors import CorpusError
 
@@ -25,16 +36,32 @@ BANDS: tuple[str, ...] = get_args(Band)
 Name = Annotated[str, StringConstraints(min_length=1, pattern=r"\S")]
 
 
+def _names_a_folder(speaker: str) -> str:
+    """A speaker's id, which is the name of the teacher's folder: no path out of where it belongs."""
+    if speaker.startswith(".") or not {"/", "\\", "\0"}.isdisjoint(speaker):
+        raise ValueError("it names folders: no / and no \\ in it, no . at its start")
+    return speaker
+
+
+def _from_folder(path: object, info: ValidationInfo) -> object:
+    """A path of a manifest in the folder that is the context of the validation; as it stands without one."""
+    if info.context is None or not isinstance(path, str):
+        return path
+    return os.path.abspath(os.path.join(info.context, path))  # noqa: PTH100, PTH118 - text until it is right
+
+
 class Recording(BaseModel):
     """One audio file: one microphone's copy of one take. Unknown keys of other tools' manifests are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    audio_filepath: Path = Field(description="absolute in memory; on disk relative when it lies below the manifest")
+    audio_filepath: Annotated[Path, BeforeValidator(_from_folder)] = Field(
+        description="absolute in memory; on disk relative when it lies below the manifest"
+    )
     duration: float = Field(gt=0, allow_inf_nan=False, description="seconds")
     text: Name = Field(description="what should be recognised")
     recording: Name = Field(description="unique id of the recording")
-    speaker: Name
+    speaker: Annotated[Name, AfterValidator(_names_a_folder)]
     take: Name = Field(description="id of the spoken realisation; microphone copies share it")
     prompt: Name = Field(description="id of what the speaker was asked to say")
     block: str | None = None
@@ -54,8 +81,8 @@ class Corpus:
     recordings: tuple[Recording, ...]
 
     @cached_property
-    def _by_speaker(self) -> dict[str, Recording]:
-        return {recording.speaker: recording for recording in self.recordings}
+    def _by_speaker(self) -> dict[str, list[Recording]]:
+        return by_speaker(self.recordings)
 
     @cached_property
     def speakers(self) -> tuple[str, ...]:
@@ -75,21 +102,23 @@ class Corpus:
         """
         wanted = set(self.speakers if speakers is None else speakers)
         self.require(wanted)
-        return tuple(r for r in self.recordings if r.speaker in wanted and role in (None, r.role))
+        rows = self._by_speaker[min(wanted)] if len(wanted) == 1 else self.recordings  # often asked speaker by speaker
+        return tuple(r for r in rows if r.speaker in wanted and role in (None, r.role))
 
     def role_of(self, speaker: str) -> Role:
         """Role of one speaker."""
         self.require([speaker])
-        return self._by_speaker[speaker].role
+        return self._by_speaker[speaker][-1].role
 
     def band_of(self, speaker: str) -> Band | None:
         """Intelligibility band of one speaker, where the corpus knows it."""
         self.require([speaker])
-        return self._by_speaker[speaker].band
+        return self._by_speaker[speaker][-1].band
 
     def require(self, speakers: Iterable[str]) -> None:
         """Raises CorpusError, with the nearest names, when a speaker is not in the corpus."""
-        require_speakers(speakers, self.speakers, str(self.path))
+        if not self._by_speaker.keys() >= (wanted := set(speakers)):
+            require_speakers(wanted, self.speakers, str(self.path))
 
 
 Kind = Literal["line", "audio", "id", "file", "speaker", "take"]
@@ -101,6 +130,14 @@ class Problem(NamedTuple):
     line: int
     what: str
     kind: Kind
+
+
+def by_speaker(recordings: Iterable[Recording]) -> dict[str, list[Recording]]:
+    """Recordings of every speaker, in the order given."""
+    rows: dict[str, list[Recording]] = {}
+    for recording in recordings:
+        rows.setdefault(recording.speaker, []).append(recording)
+    return rows
 
 
 def require_speakers(given: Iterable[str], known: Sequence[str], where: str) -> None:
@@ -145,34 +182,29 @@ def read_all(path: Path) -> tuple[Corpus, list[Problem]]:
     path = Path(path)
     if path.is_dir():
         path = path / MANIFEST_NAME
+    recordings: list[Recording] = []
+    numbers: list[int] = []
+    problems: list[Problem] = []
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        with _no_collection():
+            for number, parsed in _lines(path):
+                if isinstance(parsed, Recording):
+                    recordings.append(parsed)
+                    numbers.append(number)
+                else:
+                    problems.append(Problem(number, parsed, "line"))
     except OSError as error:
         raise CorpusError(
             f"{path}: no manifest can be read ({error.strerror or error}).",
             "Check the path, or make a corpus with 'xded corpus import' or 'xded corpus synthesise'.",
         ) from error
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{path} is not UTF-8 text ({error}).", "Save the manifest as UTF-8 JSON lines.") from error
-    folder = absolute(path.parent)
-    recordings: list[Recording] = []
-    numbers: list[int] = []
-    problems: list[Problem] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            recordings.append(_parse(line, folder))
-            numbers.append(number)
-        except ValueError as error:
-            problems.append(Problem(number, str(error), "line"))
     if not recordings and not problems:
         raise CorpusError(f"{path} holds no recordings.", "Import a corpus again: 'xded corpus import --help'.")
     problems += [Problem(numbers[index], what, kind) for index, what, kind in _contradictions(recordings)]
     problems += [
         Problem(number, f"audio file not found: {recording.audio_filepath}", "audio")
         for number, recording in zip(numbers, recordings, strict=True)
-        if not recording.audio_filepath.is_file()
+        if not os.path.isfile(recording.audio_filepath)  # noqa: PTH113 - half the time of Path.is_file
     ]
     return Corpus(path, tuple(recordings)), problems
 
@@ -205,10 +237,47 @@ def absolute(path: Path) -> Path:
     return Path(os.path.abspath(path))  # noqa: PTH100
 
 
-def _parse(line: str, folder: Path) -> Recording:
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without Python's search for cycles, which looks at all recordings again and again as they come: half the time."""
+    searched = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if searched:
+            gc.enable()
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Recording | str]]:
+    """Number and recording of every line that is not blank, its path absolute; or what is wrong with the line."""
+    folder = os.path.abspath(path.parent)  # noqa: PTH100
+    keys: dict[frozenset[str], set[str]] = {}
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                recording = _parse(line, folder)
+            except UnicodeDecodeError as error:
+                raise CorpusError(
+                    f"{path} is not UTF-8 text (line {number}: {error}).", "Save the manifest as UTF-8 JSON lines."
+                ) from error
+            except ValueError as error:
+                yield number, str(error)
+                continue
+            # pydantic's set of the keys that were given takes more memory than all values: one for all such lines
+            given = recording.model_fields_set
+            object.__setattr__(recording, "__pydantic_fields_set__", keys.setdefault(frozenset(given), given))
+            yield number, recording
+
+
+def _parse(line: bytes, folder: str) -> Recording:
     """One line as a recording with an absolute path; ValueError says what is wrong with it."""
-    recording = validate(load_object(line))
-    return recording.model_copy(update={"audio_filepath": absolute(folder / recording.audio_filepath)})
+    try:
+        return Recording.model_validate_json(line, context=folder)  # a third of the time of the way below
+    except ValidationError:
+        return validate(load_object(line.decode("utf-8")), folder)
 
 
 def load_object(line: str) -> dict[str, Any]:
@@ -224,10 +293,14 @@ def load_object(line: str) -> dict[str, Any]:
     return data
 
 
-def validate(data: dict[str, Any]) -> Recording:
-    """One object of a manifest as a recording, its path as it stands. ValueError names every wrong key."""
+def validate(data: dict[str, Any], folder: str | None = None) -> Recording:
+    """One object of a manifest as a recording, its path as it stands, or absolute where a folder is given.
+
+    Raises:
+        ValueError: naming every wrong key.
+    """
     try:
-        return Recording.model_validate(data)
+        return Recording.model_validate(data, context=folder)
     except ValidationError as error:
         parts = []
         for item in error.errors():
@@ -244,17 +317,18 @@ def validate(data: dict[str, Any]) -> Recording:
 def _contradictions(recordings: Sequence[Recording]) -> list[tuple[int, str, Kind]]:
     """Rules that hold between recordings: (index of the later recording, what is wrong, its kind)."""
     problems: list[tuple[int, str, Kind]] = []
-    ids: dict[str, int] = {}
-    files: dict[Path, str] = {}
+    ids: set[str] = set()
+    files: dict[str, str] = {}
     speakers: dict[str, Recording] = {}
     takes: dict[str, Recording] = {}
     for index, row in enumerate(recordings):
-        if ids.setdefault(row.recording, index) != index:
+        if row.recording in ids:
             problems.append((index, f"recording id '{row.recording}' is used twice; ids must be unique", "id"))
-        if files.setdefault(row.audio_filepath, row.recording) != row.recording:
-            other = files[row.audio_filepath]
-            shared = f"recordings '{other}' and '{row.recording}' share the file {row.audio_filepath}"
-            problems.append((index, shared, "file"))
+        ids.add(row.recording)
+        file = str(row.audio_filepath)
+        other = files.setdefault(file, row.recording)
+        if other != row.recording:
+            problems.append((index, f"recordings '{other}' and '{row.recording}' share the file {file}", "file"))
         first = speakers.setdefault(row.speaker, row)
         if first.role != row.role:
             problems.append((index, f"speaker '{row.speaker}' has two roles, {first.role} and {row.role}", "speaker"))

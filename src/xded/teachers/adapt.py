@@ -14,7 +14,7 @@ from pathlib import Path
 
 from xded.config import Config, TargetConfig
 from xded.corpus.folds import Fold, Split, make_fold, split
-from xded.corpus.manifest import Corpus, Recording
+from xded.corpus.manifest import Corpus, Recording, by_speaker
 from xded.errors import CorpusError, TokenizerError
 from xded.models.pretrained import tokenizer_at
 from xded.parallel import run_all
@@ -163,13 +163,14 @@ def jobs_of(corpus: Corpus, config: Config, out: Path, speakers: Sequence[str] =
     parent = base.model_copy(update={"train": config.teach.parent})
     own = Job("parent", parent, train, validation, fold, test_takes, tokenizer, teachers.parent)
     adapted = config.teach.teacher.model_copy(update={"init": (teachers.parent / "best.pt").resolve()})
+    trained_on, validated_on = by_speaker(parts.train), by_speaker(parts.validation)
     todo = [
         replace(
             own,
             name=f"teacher {speaker}",
             config=base.model_copy(update={"train": adapted}),
-            train=tuple(r for r in parts.train if r.speaker == speaker),
-            validation=tuple(r for r in parts.validation if r.speaker == speaker),
+            train=tuple(trained_on.get(speaker, ())),
+            validation=tuple(validated_on.get(speaker, ())),
             out=teachers.teacher(speaker),
             facts={},
         )

@@ -125,9 +125,12 @@ class RunSampler(Sampler[list[tuple[int, int]]]):
         return self.total - self.first
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for number in range(self.first, self.total):
-            epoch, batch = batch_of(self.lengths, self.batch_size, self.seed, number, self.curriculum)
-            yield [(epoch, index) for index in batch[self.rank :: self.count] or batch[:1]]
+        per_epoch = -(-len(self.lengths) // self.batch_size)
+        for epoch in range(self.first // per_epoch, self.total // per_epoch):
+            # asked for once: to look it up hashes all lengths, which for every batch would be quadratic
+            batches = batches_of_epoch(self.lengths, self.batch_size, self.seed, epoch, self.curriculum)
+            for batch in batches[max(0, self.first - epoch * per_epoch) :]:
+                yield [(epoch, index) for index in batch[self.rank :: self.count] or batch[:1]]
 
 
 def align_by_time(posterior: Posterior, frames: int, target_rate_hz: float, student_rate_hz: float) -> Posterior:
