@@ -10,10 +10,10 @@ from pathlib import Path
 from xded.config import Config, DecodeConfig
 from xded.corpus.manifest import Recording, read_corpus
 from xded.models.recogniser import Recogniser, load_recogniser
-from xded.scoring import Prediction, is_right, read_predictions, write_predictions
+from xded.scoring import Prediction, is_right, write_predictions
 from xded.study.plan import DecodeName
 from xded.targets.store import Store
-from xded.teachers.posteriors import KINDS, aggregate
+from xded.teachers.posteriors import aggregate, kinds_of
 from xded.tokenizer import normalise
 from xded.training.data import TrainingData
 from xded.training.evaluation import recognise
@@ -55,7 +55,7 @@ def ask_about(
     seed: int = 0,
 ) -> None:
     """Predictions of every decode mode."""
-    ask(load_recogniser(checkpoint), test, words, decodes, out, seed)
+    _write(out, _said(load_recogniser(checkpoint), test, words, decodes, seed))
 
 
 def in_our_spelling(prediction: Prediction, normaliser: str) -> Prediction:
@@ -75,28 +75,28 @@ def ask_zero_shot(path: Path, test: Sequence[Recording], words: Sequence[str], o
     lost = recogniser.tokenizer.unspellable(words)
     how = recogniser.config.decode
     decodes: dict[DecodeName, DecodeConfig] = {"open": how, "word list": how.model_copy(update={"word_list": True})}
-    ask(recogniser, test, [word for word in words if word not in lost], decodes, out)
-    for decode in decodes:
-        kept = predictions_in(out, decode)
-        write_predictions(kept, [in_our_spelling(prediction, own) for prediction in read_predictions(kept)])
+    said = _said(recogniser, test, [word for word in words if word not in lost], decodes)
+    _write(out, {decode: [in_our_spelling(p, own) for p in predictions] for decode, predictions in said.items()})
 
 
-def ask(
+def _said(
     recogniser: Recogniser,
     test: Sequence[Recording],
     words: Sequence[str],
     decodes: Mapping[DecodeName, DecodeConfig],
-    out: Path,
     seed: int = 0,
-) -> None:
-    """Predictions of every decode mode."""
-    out.mkdir(parents=True, exist_ok=True)
+) -> dict[DecodeName, list[Prediction]]:
     data = TrainingData(test, recogniser.student.front_end, recogniser.tokenizer)
-    for decode, how in decodes.items():
-        listed = words if how.word_list else None
-        write_predictions(
-            predictions_in(out, decode), recognise(recogniser.student, data, how, word_list=listed, seed=seed)
-        )
+    return {
+        decode: recognise(recogniser.student, data, how, word_list=words if how.word_list else None, seed=seed)
+        for decode, how in decodes.items()
+    }
+
+
+def _write(out: Path, said: Mapping[DecodeName, Sequence[Prediction]]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for decode, predictions in said.items():
+        write_predictions(predictions_in(out, decode), predictions)
 
 
 def aggregate_all(
@@ -109,7 +109,6 @@ def aggregate_all(
 ) -> None:
     """One target a recording and kind."""
     loaded = read_corpus(corpus)
-    kinds = KINDS if config.target.heard == "same_audio" else ("decoder",)
-    for kind in kinds:
+    for kind in kinds_of(config.target.heard):
         stores = {speaker: Store(folder / kind) for speaker, folder in folders.items()}
         aggregate(kind, stores, heard_by, recordings, loaded, config, out)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from xded.config import Config
+from xded.config import Config, Heard
 from xded.corpus.folds import Fold, coverage, guard, key_of
 from xded.corpus.manifest import Corpus, Recording
 from xded.errors import CorpusError
@@ -129,6 +129,11 @@ def _extract_job(job: tuple[Path, str, tuple[Recording, ...], Config, Path]) -> 
     extract(*job)
 
 
+def kinds_of(heard: Heard) -> tuple[Kind, ...]:
+    """What can be aggregated: frames of different recordings do not line up."""
+    return KINDS if heard == "same_audio" else ("decoder",)
+
+
 def make_targets(
     corpus: Corpus,
     teachers: Teachers,
@@ -175,7 +180,7 @@ def make_targets(
     for speaker, folder in ready.items():
         shutil.rmtree(folders[speaker], ignore_errors=True)
         shutil.copytree(folder, folders[speaker])
-    kinds = KINDS if same_audio else ("decoder",)  # frames of different recordings do not line up
+    kinds = kinds_of(config.target.heard)
     made = {}
     for kind in kinds:
         stores = {s: Store(folders[s] / kind) for s in speakers if (folders[s] / kind).is_dir()}
