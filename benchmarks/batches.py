@@ -27,8 +27,10 @@ from xded.corpus.phones import DEFAULT_WORDS
 from xded.corpus.vocoder import SAMPLE_RATE, write_flac
 from xded.models.student import Student
 from xded.tokenizer import Tokenizer
-from xded.training.data import RunSampler, TrainingData, batches_of_epoch, collate
-from xded.training.loop import loss_parts, parameter_groups, weighted_sum
+from xded.training.data import TrainingData, collate
+from xded.training.loop import parameter_groups
+from xded.training.losses import loss_parts, weighted_sum
+from xded.training.order import Order, RunSampler
 
 METADATA = ROOT.parent / "shared" / "reference" / "teacher_metadata"
 EPOCHS = 40  # of the study
@@ -52,7 +54,7 @@ def report_padding() -> None:
             for epoch in range(3):
                 order = np.random.default_rng(epoch).permutation(len(lengths)).tolist()
                 unsorted = [order[i : i + size] for i in range(0, len(order), size)]
-                both = (batches_of_epoch(lengths, size, 0, epoch), unsorted)
+                both = (Order(lengths, size, 0).epoch(epoch), unsorted)
                 padded = [sum(len(b) * max(lengths[i] for i in b) for b in batches) for batches in both]
                 shares.append([100 * (1 - sum(lengths) / total) for total in padded])
             ours, random = np.mean(shares, axis=0).tolist()
@@ -79,7 +81,7 @@ def waiting(size: str, threads: int, folder: Path) -> dict[str, float]:
     student = Student(config.model, tokenizer.size, config.features)
     data = TrainingData(recordings, student.front_end, tokenizer, augmentation=config.augment)
     optimiser = torch.optim.AdamW(parameter_groups(student, 0.01), lr=1e-4, fused=True)
-    sampler = RunSampler(data.lengths, 8, 0, 3)
+    sampler = RunSampler(Order(tuple(data.lengths), 8, 0), 3)
     loader = DataLoader(data, batch_sampler=sampler, collate_fn=partial(collate, eos=tokenizer.eos))
     spent = np.zeros((3, 2))
     batches, per_epoch = iter(loader), len(sampler) // 3

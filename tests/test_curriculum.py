@@ -26,10 +26,12 @@ from xded.study.plan import StudyError
 from xded.targets.store import Entry, Index, Kind, Posterior, Store, StoreWriter
 from xded.training import difficulty
 from xded.training.curriculum import Curriculum, require_same_order, shares_of
-from xded.training.data import RunSampler, TrainingData, batches_of_epoch, collate
+from xded.training.data import TrainingData, collate
 from xded.training.difficulty import DIFFICULTY, KEPT, difficulty_of
 from xded.training.evaluation import batches
-from xded.training.loop import Loop, loss_parts, weighted_sum
+from xded.training.loop import Loop
+from xded.training.losses import loss_parts, weighted_sum
+from xded.training.order import Order, RunSampler
 from xded.training.run import fit
 from xded.training.status import read_status
 
@@ -79,8 +81,8 @@ def test_shares_are_those_of_the_paper_and_of_the_quarters() -> None:
 def test_an_epoch_keeps_its_batches_and_draws_them_evenly_from_the_easiest(schedule: str) -> None:
     growing = made(schedule)
     for epoch, share in enumerate(growing.shares):
-        drawn = batches_of_epoch(LENGTHS, 8, 0, epoch, growing)
-        assert sorted(map(len, drawn)) == sorted(map(len, batches_of_epoch(LENGTHS, 8, 0, epoch)))
+        drawn = Order(LENGTHS, 8, 0, growing).epoch(epoch)
+        assert sorted(map(len, drawn)) == sorted(map(len, Order(LENGTHS, 8, 0).epoch(epoch)))
         copies = [copy for batch in drawn for copy in batch]
         assert len(set(copies)) == len(copies) == 50  # a recording comes again as another copy
         times = Counter(copy % 50 for copy in copies)
@@ -90,25 +92,28 @@ def test_an_epoch_keeps_its_batches_and_draws_them_evenly_from_the_easiest(sched
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_last_epoch_is_that_of_a_run_without_a_curriculum(schedule: str) -> None:
-    assert batches_of_epoch(LENGTHS, 8, 3, 7, made(schedule)) == batches_of_epoch(LENGTHS, 8, 3, 7)
-    assert batches_of_epoch(LENGTHS, 8, 3, 0, made(schedule)) != batches_of_epoch(LENGTHS, 8, 3, 0)
+    growing, plain = Order(LENGTHS, 8, 3, made(schedule)), Order(LENGTHS, 8, 3)
+    assert growing.epoch(7) == plain.epoch(7)
+    assert growing.epoch(0) != plain.epoch(0)
 
 
 def test_the_first_batches_hold_at_least_a_batch_of_recordings() -> None:
-    drawn = batches_of_epoch(LENGTHS, 8, 0, 0, made("linear", start=0.001))
+    drawn = Order(LENGTHS, 8, 0, made("linear", start=0.001)).epoch(0)
     assert {copy % 50 for batch in drawn for copy in batch} == set(ORDER[:8])
 
 
 @pytest.mark.parametrize("first", [0, 3, 7, 20])
 def test_a_sampler_with_a_curriculum_has_as_many_batches_and_can_start_anywhere(first: int) -> None:
-    whole = list(RunSampler(LENGTHS, 8, 0, 4, curriculum=made("sqrt", 4)))
-    assert len(whole) == len(RunSampler(LENGTHS, 8, 0, 4)) == 28
-    assert list(RunSampler(LENGTHS, 8, 0, 4, first, curriculum=made("sqrt", 4))) == whole[first:]
+    order = Order(LENGTHS, 8, 0, made("sqrt", 4))
+    whole = list(RunSampler(order, 4))
+    assert len(whole) == len(RunSampler(Order(LENGTHS, 8, 0), 4)) == 28
+    assert list(RunSampler(order, 4, first)) == whole[first:]
 
 
 def test_processes_share_the_batches_of_a_curriculum() -> None:
-    whole = list(RunSampler(LENGTHS, 8, 0, 4, curriculum=made("sqrt", 4)))
-    one, two = (list(RunSampler(LENGTHS, 8, 0, 4, rank=r, count=2, curriculum=made("sqrt", 4))) for r in range(2))
+    order = Order(LENGTHS, 8, 0, made("sqrt", 4))
+    whole = list(RunSampler(order, 4))
+    one, two = (list(RunSampler(order, 4, rank=r, count=2)) for r in range(2))
     assert [sorted(a + b) for a, b in zip(one, two, strict=True)] == [sorted(batch) for batch in whole]
 
 

@@ -23,7 +23,7 @@ from xded.findings import Examination
 from xded.scoring import Prediction, write_predictions
 from xded.targets.store import Index, Kind, Store
 from xded.teachers.adapt import Teachers, parts_of, teach
-from xded.teachers.posteriors import make_targets
+from xded.teachers.aggregation import make_targets
 
 Change = Callable[[Made], None]
 

@@ -78,12 +78,20 @@ SCRATCH: dict[str, dict[str, Any]] = {
     },
     "a first layer that is never trained": {"train": {"freeze_layers": 1}},
     "no validation": {"fold": {"validation_fraction": 0.0}},
+    "words, moving average": {
+        "train": {"sampler": "words", "speakers_per_word": 2, "batch_size": 4, "average": "ema"},
+        "augment": {"mix_style": 0.5},
+    },
 }  # fmt: skip
 FROM_PARENT: dict[str, dict[str, Any]] = {
     "all at once": {},
     "two stages": {"stages": ({"epochs": 1, "peak_lr": 1e-3, "freeze_encoder": True}, {"epochs": 2, "peak_lr": 1e-3})},
     "frozen throughout": {"stages": ({"epochs": 2, "peak_lr": 1e-3, "freeze_encoder": True},)},
     "first layer frozen, accumulate 3": {"freeze_layers": 1, "accumulate": 3},
+    "layer by layer, mean of the last": {
+        "stages": [{"epochs": 2, "peak_lr": 1e-3, "freeze_layers": count} for count in (1, 0)],
+        "average": "last",
+    },
 }
 
 
@@ -103,6 +111,11 @@ def test_healthy_runs_from_a_parent_have_no_problem(corpus: Corpus, parent: Path
     assert examination.at_least("warn") == []
     assert examination.unchecked == []
     assert {"partial-load", "no-gradient"} <= {passed.check for passed in examination.passed}
+
+
+def test_a_checkpoint_alone_of_layers_that_thawed_has_no_problem(corpus: Corpus, parent: Path, tmp_path: Path) -> None:
+    train = {"init": str(parent / "best.pt"), **FROM_PARENT["layer by layer, mean of the last"]}
+    assert examined(trained(corpus, tmp_path / "run", train=train) / "latest.pt").at_least("warn") == []
 
 
 # --- faults planted in training -------------------------------------------------------------------

@@ -22,7 +22,7 @@ from xded.models import conformer, student
 from xded.models.recogniser import Recogniser, load_recogniser
 from xded.models.student import Student
 from xded.scoring import Prediction
-from xded.training import evaluation, loop
+from xded.training import evaluation, losses
 from xded.training.data import TrainingData
 from xded.training.run import fit
 
@@ -106,7 +106,7 @@ def test_a_decoder_without_gradient_learns_nothing_by_heart(bench: Bench, monkey
 
 def test_a_head_that_fails_is_named(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong step by step: the decoder is shown the token that it is to write next."""
-    monkeypatch.setattr(loop, "decoder_input", lambda tokens, bos: tokens)
+    monkeypatch.setattr(losses, "decoder_input", lambda tokens, bos: tokens)
     monkeypatch.setattr(probe_training, "ROUNDS", 1)
     (finding,) = probe_training.overfit(bench)
     assert finding.severity == "refuse"

@@ -27,10 +27,11 @@ from xded.findings import Finding
 from xded.models import checkpoints
 from xded.models.collective import leave
 from xded.training import processes, run, status
-from xded.training.data import RunSampler, TrainingData, batches_of_epoch
+from xded.training.data import TrainingData
 from xded.training.job import Job
 from xded.training.launching import launch
 from xded.training.loop import CollapsedRunError, InterruptedRunError, Loop, parameter_groups
+from xded.training.order import Order, RunSampler
 from xded.training.processes import Place, device_of, place_of
 from xded.training.run import fit
 
@@ -46,13 +47,17 @@ CASES: dict[str, dict[str, Any]] = {
     "layer": {"train": {"stages": STAGES, "freeze_layers": 1}},
     "ctc only": {"train": {"stages": STAGES}, "objective": {"cross_entropy": 0.0}},
     "curriculum": {"train": {"stages": STAGES, "batch_size": 3, "curriculum": {"schedule": "sqrt"}}},
+    "layer by layer": {"train": {"stages": [{**STAGES[0], "epochs": 2, "freeze_layers": n} for n in (1, 0)]}},
+    "words, ema": {
+        "train": {"stages": STAGES, "batch_size": 4, "sampler": "words", "speakers_per_word": 2, "average": "ema"},
+    },
 }
 
 
 def job_of(folder: Path, case: str, out: Path, devices: int) -> Job:
     """A run of a case without dropout, which differs between processes."""
     sections = dict(CASES[case])
-    init = {"init": folder / "parent"} if case in ("frozen", "layer", "curriculum") else {}
+    init = {"init": folder / "parent"} if case in ("frozen", "layer", "layer by layer", "curriculum") else {}
     sections["train"] = {**sections["train"], **init, "devices": devices, "save_every_steps": 2}
     return job_for(read_corpus(folder / "corpus"), out, model={**MODEL, "dropout": 0.0}, **sections)
 
@@ -141,6 +146,9 @@ def assert_alike(one: Path, two: Path) -> None:
     for key in ("batch", "with_gradient", "trainable", "skipped", "tokenizer_fingerprint", "provenance"):
         assert first[key] == second[key], key
     torch.testing.assert_close(second["model_state_dict"], first["model_state_dict"], rtol=1e-4, atol=2e-6)
+    if "average" in first:
+        weights = [checkpoint["average"]["weights"] for checkpoint in (first, second)]
+        torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=2e-6)
     states = [checkpoint["optimizer_states"][0]["state"] for checkpoint in (first, second)]
     torch.testing.assert_close(states[1], states[0], rtol=1e-3, atol=1e-5)
     assert len(rows_of(one)) == len(rows_of(two)) > 0
@@ -181,7 +189,7 @@ def test_a_run_goes_on_with_another_number_of_processes(folder: Path, order: str
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_in_one_process_names_the_whole_batch(folder: Path) -> None:
     train = job_of(folder, "even", folder / "nan", 1).train
-    epoch = batches_of_epoch(tuple(round(1000 * r.duration) for r in train), 4, 0, 1)
+    epoch = Order(tuple(round(1000 * r.duration) for r in train), 4, 0).epoch(1)
     batch = next(batch for batch in epoch if 0 in batch)
     said = {(folder / f"nan said by {rank}").read_text() for rank in (0, 1)}
     assert len(said) == 1
@@ -287,8 +295,9 @@ def test_a_collapse_travels_from_process_to_process_whole() -> None:
 
 
 def test_processes_share_every_batch_of_one() -> None:
-    count, whole = 3, list(RunSampler(range(400, 417), 4, 7, 3, 2))
-    shares = [list(RunSampler(range(400, 417), 4, 7, 3, 2, rank=rank, count=count)) for rank in range(count)]
+    count, order = 3, Order(tuple(range(400, 417)), 4, 7)
+    whole = list(RunSampler(order, 3, 2))
+    shares = [list(RunSampler(order, 3, 2, rank=rank, count=count)) for rank in range(count)]
     for batch, *parts in zip(whole, *shares, strict=True):
         kept = [part for rank, part in enumerate(parts) if rank < len(batch)]
         assert sorted(item for part in kept for item in part) == sorted(batch)

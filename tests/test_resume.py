@@ -35,7 +35,21 @@ TWO_STAGES = {
     **PLAIN,
     "stages": [{"epochs": 2, "peak_lr": 3e-3, "freeze_encoder": True}, {"epochs": 2, "peak_lr": 1e-3}],
 }
-SETTINGS = {"plain": PLAIN, "accumulate": ACCUMULATE, "two stages": TWO_STAGES}
+# layer by layer: the subsampling and the layer thaw, and freeze again within an update
+LAYERS = {
+    **PLAIN,
+    "stages": [{"epochs": 1, "peak_lr": 1e-3, "freeze_layers": n} for n in (1, 0, 1)],
+    "accumulate": 2,
+}
+WORDS = {"sampler": "words", "speakers_per_word": 2, "batch_size": 4}
+SETTINGS = {
+    "plain": PLAIN,
+    "accumulate": ACCUMULATE,
+    "two stages": TWO_STAGES,
+    "layer by layer": LAYERS,
+    "words, ema": {**PLAIN, **WORDS, "stages": [{"epochs": 5, "peak_lr": 1e-3}], "average": "ema"},
+    "last": {**ACCUMULATE, "average": "last", "average_last": 0.5},
+}
 
 
 class KilledError(BaseException):
@@ -227,6 +241,13 @@ def test_two_unbroken_runs_are_identical_and_another_seed_is_not(
         pytest.param("two stages", in_batch(10), marks=pytest.mark.slow),  # the first batch after it
         pytest.param("two stages", in_validation(2), marks=pytest.mark.slow),
         pytest.param("two stages", after_saving("latest.pt", 9), marks=pytest.mark.slow),
+        ("layer by layer", in_batch(7)),
+        pytest.param("layer by layer", in_batch(12), marks=pytest.mark.slow),
+        ("words, ema", in_batch(5)),
+        pytest.param("words, ema", in_validation(2), marks=pytest.mark.slow),
+        pytest.param("last", in_batch(5), marks=pytest.mark.slow),  # before its mean begins
+        ("last", in_batch(13)),
+        pytest.param("last", in_validation(3), marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_ends_like_an_unbroken_one(

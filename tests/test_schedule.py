@@ -8,30 +8,30 @@ import numpy as np
 import pytest
 
 from xded.config import StageConfig
-from xded.training.data import RunSampler, batches_of_epoch
+from xded.training.order import Order, RunSampler
 from xded.training.schedule import COSINE_FLOOR, Schedule
 
 
 def test_every_epoch_holds_every_recording_once_in_another_order() -> None:
     lengths = tuple(int(n) for n in np.random.default_rng(0).integers(300, 900, 100))
-    epochs = [batches_of_epoch(lengths, 8, 0, epoch) for epoch in range(2)]
+    epochs = [Order(lengths, 8, 0).epoch(epoch) for epoch in range(2)]
     for batches in epochs:
         assert sorted(i for batch in batches for i in batch) == list(range(100))
         assert [len(batch) for batch in batches].count(8) == 12
     assert epochs[0] != epochs[1]
-    assert epochs[0] != batches_of_epoch(lengths, 8, 1, 0)
+    assert epochs[0] != Order(lengths, 8, 1).epoch(0)
 
 
 def test_like_lengths_share_a_batch_where_there_are_many() -> None:
     lengths = tuple(int(n) for n in np.random.default_rng(0).integers(300, 900, 128))
-    spreads = [max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in batches_of_epoch(lengths, 8, 0, 0)]
+    spreads = [max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in Order(lengths, 8, 0).epoch(0)]
     assert np.mean(spreads) < 100
 
 
 @pytest.mark.parametrize("first", [0, 1, 5, 13, 20])
 def test_a_sampler_that_starts_later_gives_the_rest(first: int) -> None:
-    whole = list(RunSampler(range(400, 417), 4, 0, 4))
-    rest = RunSampler(range(400, 417), 4, 0, 4, first)
+    order = Order(tuple(range(400, 417)), 4, 0)
+    whole, rest = list(RunSampler(order, 4)), RunSampler(order, 4, first)
     assert len(whole) == 20
     assert list(rest) == whole[first:]
     assert len(rest) == 20 - first

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from xded.errors import ConfigError
 
 Aggregation = Literal["prob_mean", "logprob_mean", "logit_mean"]
-Weighting = Literal["uniform", "reliability", "confidence", "band"]
+Weighting = Literal["uniform", "reliability", "confidence", "band", "likelihood", "embedding", "accuracy"]
+Asked = Literal["all", "own", "own_and_parent"]
 Heard = Literal["same_audio", "same_prompt"]
 LoggerName = Literal["tensorboard", "mlflow", "wandb"]
 
@@ -40,7 +41,7 @@ class FeatureConfig(Section):
 
 
 class AugmentConfig(Section):
-    """Changes to training features. All but `tempo` keep the time axis, as cached CTC targets need."""
+    """Changes to training features and to their audio. `tempo`, `speed`, `dysarthria` alone move the time axis."""
 
     frequency_masks: int = Field(2, description="SpecAugment frequency masks per recording", ge=0)
     frequency_mask_width: int = Field(12, description="widest frequency mask, mel bands", ge=0)
@@ -49,6 +50,17 @@ class AugmentConfig(Section):
     mel_warp: float = Field(0.12, description="largest stretch of the mel axis (vocal-tract length), share", ge=0, lt=1)
     noise: float = Field(0.1, description="standard deviation of Gaussian noise on normalised features", ge=0)
     tempo: float = Field(0.0, description="largest stretch of the time axis, share; not with CTC targets", ge=0, lt=1)
+    mix_style: float = Field(
+        0.0, description="share of batches whose recordings mix the statistics of early features (MixStyle)", ge=0, le=1
+    )
+    views: int = Field(4, description="versions of each recording that the changes to audio below make, once", ge=1)
+    speed: float = Field(0.0, description="largest change of speed (tempo and pitch); not with CTC targets", ge=0, lt=1)
+    pitch: float = Field(0.0, description="largest change of pitch alone, semitones", ge=0, le=12)
+    noise_db: float | None = Field(None, description="lowest signal-to-noise ratio of added noise, dB; none: no noise")
+    reverberation_s: float = Field(0.0, description="longest reverberation time (T60), seconds", ge=0, le=2)
+    dysarthria: float = Field(
+        0.0, description="highest severity of simulated dysarthria; not with CTC targets", ge=0, le=1
+    )
 
 
 class TokenizerConfig(Section):
@@ -95,6 +107,9 @@ class ModelConfig(Section):
     decoder_layers: int = Field(4, description="Transformer decoder layers; 0: CTC alone, without a decoder", ge=0)
     decoder_feed_forward: int = Field(192, description="width of the decoder's feed-forward layers", ge=8)
     dropout: float = Field(0.1, description="dropout everywhere", ge=0, lt=1)
+    whiten_layers: int = Field(
+        0, description="first encoder layers whose outputs lose their mean and variance over time (UniStyle)", ge=0
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -142,6 +157,7 @@ class FoldConfig(Section):
 
     held_out: tuple[str, ...] = Field((), description="speakers of whom nothing may be heard before the test")
     exclude: tuple[str, ...] = Field((), description="speakers left out altogether")
+    withhold: tuple[str, ...] = Field((), description="speakers whose recordings train nothing but their own teachers")
     include_held_out: bool = Field(
         False, description="train on half of the held-out speakers' takes too (a diagnostic, marked in every score)"
     )
@@ -152,26 +168,62 @@ class FoldConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """Weights of the parts of the loss. With both KD weights 0 the run is supervised and needs no targets."""
+    """Weights of the parts of the loss. With all weights of teachers 0 the run is supervised and needs no targets."""
 
     ctc: float = Field(0.5, description="weight of CTC on the true text", ge=0)
     cross_entropy: float = Field(0.5, description="weight of the decoder's cross-entropy on the true text", ge=0)
     ctc_kd: float = Field(0.0, description="weight of CTC-KD", ge=0)
     decoder_kd: float = Field(0.0, description="weight of decoder-KD", ge=0)
+    word_kd: float = Field(0.0, description="weight of KD on the listed words (one distribution a recording)", ge=0)
+    text_kd: float = Field(0.0, description="weight of CTC on the text that the teachers hear", ge=0)
+    feature_kd: float = Field(0.0, description="weight of the distance to the parent's encoder outputs", ge=0)
+    consistency: float = Field(
+        0.0, description="weight of XDED on decoder steps: agreement of speakers within a batch (paper: 5)", ge=0
+    )
+    word_consistency: float = Field(0.0, description="weight of XDED on the batch's words, by the CTC head", ge=0)
+    consistency_temperature: float = Field(4.0, description="T of both consistencies", gt=0)
+    adversary: float = Field(0.0, description="weight of a speaker classifier whose gradient is reversed", ge=0)
     temperature: float = Field(2.0, description="T of the targets", gt=0)
+    temperature_end: float | None = Field(
+        None, description="T at the end of the run, reached linearly; none: T stays", gt=0
+    )
+    kd_end: float = Field(
+        1.0, description="share of the teachers' weights that is left at the end of the run, reached linearly", ge=0
+    )
     blank_threshold: float = Field(0.95, description="frames that every teacher calls blank are dropped above", gt=0)
     label_smoothing: float = Field(0.0, description="label smoothing of the cross-entropy", ge=0, lt=1)
 
     @property
     def supervised(self) -> Self:
-        """The same without teachers: what is learned from the true text."""
-        return self.model_copy(update={"ctc_kd": 0.0, "decoder_kd": 0.0})
+        """The true text alone: what baselines, parents and teachers learn, and what validation measures."""
+        return self.model_copy(update=dict.fromkeys((*OF_TEACHERS, *OF_SPEAKERS), 0.0))
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of targets that the objective reads (`targets.store.Kind`)."""
+        asked = {"ctc": self.ctc_kd or self.text_kd, "decoder": self.decoder_kd, "words": self.word_kd}
+        return tuple(kind for kind, weight in asked.items() if weight)
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Heads that are told what is right: `ctc`, `decoder`."""
+        ctc = self.ctc + self.ctc_kd + self.word_kd + self.text_kd
+        told = {"ctc": ctc, "decoder": self.cross_entropy + self.decoder_kd}
+        return tuple(head for head, weight in told.items() if weight)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.ctc + self.cross_entropy <= 0:
             raise ValueError("ground truth has no weight: set ctc or cross_entropy above 0")
+        for name, head in (("consistency", "decoder"), ("word_consistency", "ctc")):
+            if getattr(self, name) and head not in self.heads:
+                raise ValueError(f"{name} alone makes the {head} head say the same of everything; train it too")
         return self
+
+
+OF_TEACHERS = ("ctc_kd", "decoder_kd", "word_kd", "text_kd", "feature_kd")  # weights of what others know
+OF_SPEAKERS = ("consistency", "word_consistency", "adversary")  # weights of what speakers have in common
+LOSS_PARTS = ("ctc", "ctc_kd", "cross_entropy", "decoder_kd", *OF_TEACHERS[2:], *OF_SPEAKERS)  # as they are listed
 
 
 class TargetConfig(Section):
@@ -180,6 +232,14 @@ class TargetConfig(Section):
     heard: Heard = Field("same_audio", description="which audio the teachers heard")
     aggregation: Aggregation = Field("logprob_mean", description="mean over teachers")
     weighting: Weighting = Field("uniform", description="weight of each teacher")
+    asked: Asked = Field(
+        "all",
+        description="whose posteriors: all teachers'; only that of the recording's own speaker; or with the parent's",
+    )
+    best: int | None = Field(
+        None, description="only so many teachers of the largest weights for each recording; 1: elitist; none: all", ge=1
+    )
+    spelled_only: bool = Field(False, description="keep a target only where the aggregate spells the prompt")
     coverage: Literal["strict", "partial", "all"] = Field(
         "all", description="recordings kept: those that all teachers cover, at least min_teachers, or any"
     )
@@ -193,6 +253,9 @@ class StageConfig(Section):
     epochs: int = Field(35, ge=1, description="epochs of this stage (not counted from the start of the run)")
     peak_lr: float = Field(2e-4, gt=0, description="highest learning rate")
     freeze_encoder: bool = Field(False, description="encoder in eval mode, its outputs computed once and reused")
+    freeze_layers: int | None = Field(
+        None, description="first encoder layers frozen in this stage; none: train.freeze_layers", ge=0
+    )
 
 
 class CurriculumConfig(Section):
@@ -221,6 +284,18 @@ class TrainConfig(Section):
     freeze_layers: int = Field(0, description="first encoder layers that never move (with the subsampling)", ge=0)
     batch_size: int = Field(8, description="recordings in a batch", ge=1)
     accumulate: int = Field(1, description="batches per update", ge=1)
+    sampler: Literal["length", "words"] = Field(
+        "length", description="batches of like length, or of few words by several speakers (XDED)"
+    )
+    speakers_per_word: int = Field(4, description="with sampler words: recordings of one word in a batch", ge=2)
+    average: Literal["none", "ema", "last"] = Field(
+        "none", description="weights that are tested and kept: the last, their moving average, the mean of the last"
+    )
+    ema_decay: float = Field(0.999, description="with average ema: share that is kept at each update", gt=0, lt=1)
+    average_last: float = Field(
+        0.25, description="with average last: share of the updates that is averaged", gt=0, le=1
+    )
+    guide: Path | None = Field(None, description="recogniser whose encoder outputs feature_kd imitates (the parent)")
     curriculum: CurriculumConfig = CurriculumConfig()
     warmup_steps: int = Field(
         2_000, description="updates of linear warm-up per stage, capped at 10 % of the stage", ge=0
@@ -253,13 +328,21 @@ class TrainConfig(Section):
         """Names of the recogniser's modules that a stage freezes."""
         if stage.freeze_encoder:
             return ("encoder",)
-        layers = tuple(f"encoder.layers.{i}" for i in range(self.freeze_layers))
+        count = self.freeze_layers if stage.freeze_layers is None else stage.freeze_layers
+        layers = tuple(f"encoder.layers.{i}" for i in range(count))
         return ("encoder.subsampling", *layers) if layers else ()
 
 
 class TeachConfig(Section):
     """Parent and teachers."""
 
+    size: Literal["micro", "tiny", "small", "base"] | None = Field(
+        None, description="named size of parent and teachers; none: the student's model"
+    )
+    rehearsal: float = Field(
+        0.0, description="recordings of others that a teacher hears too, for each of its own speaker's", ge=0
+    )
+    controls: int | None = Field(None, description="control speakers that the parent hears; none: all", ge=1)
     parent_on: Literal["controls", "fold", "both"] = Field(
         "both", description="who the parent hears: control speakers, the fold's target speakers, or both"
     )
@@ -301,10 +384,12 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.objective.ctc_kd and self.target.heard == "same_prompt":
-            raise ValueError("ctc_kd needs heard: same_audio (frames of different recordings do not line up)")
-        if self.objective.ctc_kd and self.augment.tempo:
-            raise ValueError("augment.tempo moves frames away from cached CTC targets; set it to 0 with ctc_kd")
+        for name in ("ctc_kd", "text_kd"):
+            if getattr(self.objective, name) and self.target.heard == "same_prompt":
+                raise ValueError(f"{name} needs heard: same_audio (frames of different recordings do not line up)")
+        if self.fold.withhold and self.target.heard == "same_prompt":
+            raise ValueError("fold.withhold needs heard: same_audio (same_prompt asks about withheld recordings)")
+        self._check_time_axis()
         asked = self.objective.cross_entropy or self.objective.decoder_kd or self.decode.mode == "decoder"
         if self.model.decoder_layers == 0 and (asked or self.decode.ctc_weight < 1):
             raise ValueError(
@@ -312,6 +397,17 @@ class Config(Section):
                 "objective.decoder_kd to 0, decode.mode to ctc and decode.ctc_weight to 1"
             )
         return self
+
+    def _check_time_axis(self) -> None:
+        asked = self.augment
+        for name in ("tempo", "speed", "dysarthria"):
+            if getattr(asked, name) and (self.objective.ctc_kd or self.objective.feature_kd):
+                raise ValueError(f"augment.{name} moves frames away from cached targets; set it to 0 with ctc_kd")
+        if (self.objective.consistency or self.objective.word_consistency) and self.train.sampler != "words":
+            raise ValueError("consistency needs several speakers of a word in a batch; set train.sampler to words")
+        whole = [name for name in ("feature_kd", *OF_SPEAKERS) if getattr(self.objective, name)]
+        if whole and self.train.devices * self.train.nodes > 1:
+            raise ValueError(f"{whole[0]} needs whole batches on one device; set train.devices and train.nodes to 1")
 
     @property
     def stages_run(self) -> tuple[StageConfig, ...]:

@@ -46,6 +46,7 @@ CHECKS: Final[Mapping[str, Check]] = {
     "duplicates": Check("data", "no audio twice"),
     "labels": Check("data", "one prompt has one text, and files say what their labels say"),
     "unspellable": Check("data", "CTC can write every text in the frames it has"),
+    "same-simulator": Check("data", "the augmentation is not the simulator that made the test"),
     "audio-files": Check("data", "audio is there, readable, and what the manifest says"),
     # teachers and targets
     "teacher-accuracy": Check("teachers and targets", "teachers recognise their own and others' speech"),

@@ -88,6 +88,26 @@ def severity_of(wrong: Sequence[Named], everything: Sequence[Named], limit: floa
     return "refuse" if whole or len(wrong) >= limit * len(everything) else "warn"
 
 
+def same_simulator(severity: float, made: Iterable[str | None], subject: str) -> list[Finding]:
+    """Whether augmentation by the dysarthria simulator meets recordings that our own simulators made.
+
+    Args:
+        severity: highest one of the augmentation; made: `simulated_by` of the corpus's recordings.
+    """
+    counts = Counter(name for name in made if name is not None)
+    if not severity or not counts:
+        return []
+    return [Finding(
+        "same-simulator", "note", subject,
+        f"The same simulator is in training and test: augment.dysarthria is {severity:g}, and "
+        f"{sum(counts.values()):,} recordings were made by our own {' and '.join(sorted(counts))}.",
+        "The student rehearses the model of dysarthria that it is tested on: what that gains is the simulator's own "
+        "and says nothing of people with dysarthria.",
+        "Report the gain apart, or compare with augment.dysarthria=0.",
+        {"severity": severity, "simulated_by": dict(counts)},
+    )]  # fmt: skip
+
+
 def wrong_audio(card: DataCard, subject: str) -> list[Finding]:
     """Whether each speaker was heard as often as meant, on either side.
 

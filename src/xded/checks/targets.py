@@ -323,14 +323,15 @@ def coverage(index: Index, recordings: Sequence[Recording], subject: str) -> lis
     wanted = Counter(r.speaker for r in recordings if r.role == "target")
     without = sorted(s for s, count in wanted.items() if missing[s] == count)
     share = 1 - sum(missing[s] for s in wanted) / max(wanted.total(), 1)
-    gaps = index.heard == "same_audio" and bool(without or share < LEAST_COVERED)
+    gaps = index.heard == "same_audio" and not index.spelled_only and bool(without or share < LEAST_COVERED)
     return [
         Finding(
             "target-coverage", "refuse" if not covered else "warn" if gaps else "note", subject,
             f"The {index.kind} targets cover {covered} of {len(recordings)} training recordings "
             f"({100 * covered / len(recordings):.0f} %)"
             + (f", and none of {few(without)}." if without else "."),
-            "The student trains on the covered recordings only: the others are left out." if covered
+            "The student learns the others from their text alone." if index.spelled_only and covered
+            else "The student trains on the covered recordings only: the others are left out." if covered
             else "There is nothing to learn from: they are targets of another corpus or fold.",
             "Make the targets anew from this corpus and fold"
             + (", or use --coverage all." if index.heard == "same_prompt" else ". " + REMAKE),

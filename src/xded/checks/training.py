@@ -11,14 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from xded.config import DecodeConfig, ObjectiveConfig
+from xded.config import LOSS_PARTS, DecodeConfig, ObjectiveConfig
 from xded.errors import few
 from xded.findings import Finding, Severity
 
 Row = Mapping[str, Any]
 
 BATCHNORM = ("running_mean", "running_var", "num_batches_tracked")
-LOSSES = ("loss", "ctc", "ctc_kd", "cross_entropy", "decoder_kd")
+LOSSES = ("loss", *LOSS_PARTS)
 HEADS = {"ctc": "CTC head", "decoder": "attention decoder"}
 LOWER_RATE = "Lower the learning rate (--peak-lr), start from a parent (--init), look for recordings that are wrong."
 
@@ -306,8 +306,7 @@ def heads_of(decode: DecodeConfig) -> set[str]:
 
 def trained_heads(objective: ObjectiveConfig) -> set[str]:
     """Heads that the objective trains."""
-    weights = {"ctc": objective.ctc + objective.ctc_kd, "decoder": objective.cross_entropy + objective.decoder_kd}
-    return {head for head, weight in weights.items() if weight > 0}
+    return set(objective.heads)
 
 
 def untrained_head(

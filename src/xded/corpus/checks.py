@@ -44,6 +44,7 @@ class Candidate:
     role: Role = "target"
     band: Band | None = None
     word_type: str | None = None
+    simulated_by: str | None = None
     duration: float | None = None
     sample_rate: int | None = None
     audio_sha256: str | None = None

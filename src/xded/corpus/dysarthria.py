@@ -32,7 +32,17 @@ import soxr
 
 from xded.audio import MAX_DURATION_S, MIN_DURATION_S, read_audio
 from xded.corpus.manifest import MANIFEST_NAME, Corpus, Recording, write_manifest
-from xded.corpus.severity import Emphasis, Kind, Profile, band_of_severity, make_profile, spread_severities
+from xded.corpus.severity import (
+    EMPHASIS,
+    MOST_EMPHASIS,
+    SIMULATOR,
+    Emphasis,
+    Kind,
+    Profile,
+    band_of_severity,
+    make_profile,
+    spread_severities,
+)
 from xded.corpus.vocoder import (
     BIN_HZ,
     BINS,
@@ -52,6 +62,9 @@ from xded.corpus.vocoder import (
     write_flac,
 )
 from xded.errors import CorpusError
+
+SHORTEST_SHARE = 0.7  # of its length that hurried speech keeps
+MOST_OF_TEMPO = 1.25  # a take is slowed or hurried by 0.75 to this times the speaker's amount
 
 
 def _make_lifter() -> Array:
@@ -129,11 +142,17 @@ def _spoken(envelope: Array) -> tuple[int, int]:
     return int(active[0]), int(active[-1]) + 1
 
 
+def shortest_share(severity: float) -> float:
+    """Least share of a recording's frames that `simulate` leaves: hurried (hypokinetic) speech, all of it spoken."""
+    hurry = min(signs.tempo for signs in EMPHASIS.values()) * MOST_EMPHASIS * MOST_OF_TEMPO
+    return max(SHORTEST_SHARE, 1 + 1.1 * severity * hurry)
+
+
 def _change_tempo(analysis: Analysis, amounts: Emphasis, rng: np.random.Generator) -> Analysis:
     """Slows (or hurries) the spoken part as a whole and unevenly; silence around it keeps its length."""
     frames = len(analysis.f0_hz)
     first, last = _spoken(analysis.envelope)
-    slowing = max(0.7, 1 + 1.1 * amounts.tempo * rng.uniform(0.75, 1.25))
+    slowing = max(SHORTEST_SHARE, 1 + 1.1 * amounts.tempo * rng.uniform(0.75, MOST_OF_TEMPO))
     uneven = np.exp(0.85 * amounts.irregularity * wander(last - first, 9, rng))
     durations = np.ones(frames)
     durations[first:last] = uneven * slowing * (last - first) / uneven.sum()
@@ -333,6 +352,7 @@ def _simulated(recording: Recording, profile: Profile, out: Path, seed: int) -> 
         "duration": len(waveform) / SAMPLE_RATE,
         "role": "target",
         "band": band_of_severity(profile.severity),
+        "simulated_by": SIMULATOR,
         "sample_rate": SAMPLE_RATE,
         "audio_sha256": digest,
     }

@@ -6,6 +6,7 @@ import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -20,11 +21,14 @@ Matched = TypeVar("Matched", Key, str)  # with the same prompt, or the same reco
 
 @dataclass(frozen=True)
 class Fold:
-    """Speakers of whom nothing may be heard before the test, and speakers left out altogether."""
+    """Speakers of whom nothing may be heard before the test, speakers left out altogether, and training speakers who
+    are heard by their own teachers alone.
+    """
 
     held_out: tuple[str, ...]
     exclude: tuple[str, ...] = ()
     include_held_out: bool = False
+    withhold: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,17 +58,18 @@ def make_fold(corpus: Corpus, config: FoldConfig) -> Fold:
 
     Raises:
         CorpusError: a speaker that the corpus does not have, with the nearest name.
-        ConfigError: a speaker both held out and excluded, or nobody left to train on.
+        ConfigError: a speaker in two lists (held out, excluded, withheld), or nobody left to train on.
     """
-    corpus.require((*config.held_out, *config.exclude))
-    held_out, exclude = sorted(set(config.held_out)), sorted(set(config.exclude))
-    both = sorted(set(held_out) & set(exclude))
-    if both:
-        raise ConfigError(f"{', '.join(both)}: held out and excluded at once.", "Name each speaker in one list only.")
-    left_out = set(exclude) if config.include_held_out else {*held_out, *exclude}
+    corpus.require((*config.held_out, *config.exclude, *config.withhold))
+    held_out, exclude, withhold = (sorted(set(s)) for s in (config.held_out, config.exclude, config.withhold))
+    lists = {"held out": held_out, "excluded": exclude, "withheld": withhold}
+    for one, other in combinations(lists, 2):
+        if both := sorted(set(lists[one]) & set(lists[other])):
+            raise ConfigError(f"{', '.join(both)}: {one} and {other} at once.", "Name each speaker in one list only.")
+    left_out = {*exclude, *withhold} if config.include_held_out else {*held_out, *exclude, *withhold}
     if not set(corpus.speakers) - left_out:
         raise ConfigError("The fold leaves no speaker to train on.", "Hold out or exclude fewer speakers.")
-    return Fold(tuple(held_out), tuple(exclude), config.include_held_out)
+    return Fold(tuple(held_out), tuple(exclude), config.include_held_out, tuple(withhold))
 
 
 def split(
@@ -79,8 +84,9 @@ def split(
     """Splits a corpus by take: all microphone copies of a take fall on the same side.
 
     Held-out speakers are test; with `fold.include_held_out` a random half of each one's takes trains instead.
-    Excluded speakers, and control speakers when `controls` is false, are in no part (a held-out control is test).
-    Takes are drawn for each speaker by themselves, so that another speaker's coming or going changes nothing.
+    Excluded and withheld speakers, and control speakers when `controls` is false, are in no part (a held-out control is
+    test). Takes are drawn for each speaker by themselves, so that another speaker's coming or going changes nothing;
+    speakers for validation are drawn as if nobody were withheld.
 
     Args:
         corpus: all recordings.
@@ -109,11 +115,13 @@ def split(
         elif controls or corpus.role_of(speaker) != "control":
             train[speaker] = drawn
     kept = _validation_takes(corpus, fold, train, validation, validation_fraction, seed)
-    trained = {take for takes in train.values() for take in takes} - kept
+    withheld = {take for speaker in fold.withhold for take in takes_of.get(speaker, ())}
+    trained = {take for takes in train.values() for take in takes} - kept - withheld
+    kept -= withheld
     if not trained:
         raise CorpusError(
             f"{corpus.path}: no recording is left to train on.",
-            "Hold out or exclude fewer speakers, train on the controls too, or keep less for validation.",
+            "Hold out, exclude or withhold fewer speakers, train on the controls too, or keep less for validation.",
         )
     parts = (tuple(r for r in corpus.recordings if r.take in part) for part in (trained, kept, test))
     return Split(*parts)

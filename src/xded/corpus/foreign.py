@@ -2,7 +2,7 @@
 
 Other toolkits know recordings, texts and speakers; few know takes. Without one, every recording is a take of its own,
 unless its name is UASpeech's, which tells take, prompt, microphone, role and band. Our own keys (take, prompt, block,
-mic, role, band, word_type) are written wherever a format has room for them, and read again.
+mic, role, band, word_type, simulated_by) are written wherever a format has room for them, and read again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from xded.corpus.checks import Candidate, Row
 from xded.corpus.manifest import Recording, validate
 from xded.errors import CorpusError, few
 
-OWN_KEYS: Final = ("take", "prompt", "block", "mic", "role", "band", "word_type")
+OWN_KEYS: Final = ("take", "prompt", "block", "mic", "role", "band", "word_type", "simulated_by")
 ANY_DURATION_S: Final = 1.0  # stands in where a format declares none, while the other keys are checked
 
 

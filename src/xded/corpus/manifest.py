@@ -69,6 +69,7 @@ class Recording(BaseModel):
     role: Role = "target"
     band: Band | None = None
     word_type: str | None = None
+    simulated_by: str | None = Field(None, description="what of ours made or changed the audio: synthesiser, simulator")
     sample_rate: int | None = Field(None, gt=0, description="Hz, of the file")
     audio_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="of the file's bytes")
 

@@ -20,6 +20,7 @@ from xded.corpus.manifest import Band
 from xded.corpus.vocoder import seeded
 from xded.errors import CorpusError
 
+SIMULATOR, SYNTHESISER = "simulator", "synthesiser"  # `Recording.simulated_by`: both impair by the profiles here
 Kind = Literal["spastic", "athetoid", "ataxic", "flaccid", "hypokinetic"]
 
 # Share of words that listeners understood of UASpeech's 15 speakers in use (Kim et al. 2008, published table), %:
@@ -51,6 +52,7 @@ EMPHASIS: Mapping[Kind, Emphasis] = {
     "flaccid": Emphasis(0.6, 0.5, 0.7, 0.9, 0.8, 1.0, 0.9, 1.0, 0.5, 0.3),
     "hypokinetic": Emphasis(-0.25, 0.5, 1.0, 1.0, 0.9, 0.9, 1.0, 0.2, 0.5, 0.3),
 }
+MOST_EMPHASIS = 1.15  # a speaker has 0.75 to this times the emphasis of the type
 # Most of UASpeech's speakers are spastic; its other types are athetoid, mixed and unknown.
 _KIND_SHARES: Mapping[Kind, float] = {
     "spastic": 0.6,
@@ -92,7 +94,9 @@ def make_profile(severity: float, kind: Kind | None = None, *, speaker: str, see
     chosen = kind or drawn
     if chosen not in EMPHASIS:
         raise CorpusError(f"Dysarthria type {chosen!r} is unknown.", f"Use one of {', '.join(EMPHASIS)}.")
-    varied = {name: value * rng.uniform(0.75, 1.15) for name, value in dataclasses.asdict(EMPHASIS[chosen]).items()}
+    varied = {
+        name: value * rng.uniform(0.75, MOST_EMPHASIS) for name, value in dataclasses.asdict(EMPHASIS[chosen]).items()
+    }
     return Profile(severity, chosen, Emphasis(**varied))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from xded.corpus.manifest import MANIFEST_NAME, Recording, write_manifest
 from xded.corpus.phones import DEFAULT_WORDS, WORD_TYPES, spell
-from xded.corpus.severity import band_of_severity, spread_severities
+from xded.corpus.severity import SYNTHESISER, band_of_severity, spread_severities
 from xded.corpus.synthesiser import Voice, make_voice, say
 from xded.corpus.vocoder import SAMPLE_RATE, write_flac
 from xded.errors import CorpusError
@@ -106,6 +106,7 @@ def _write_take(out: Path, voice: Voice, word: str, take: int) -> Recording:
         role="target" if severity > 0 else "control",
         band=band_of_severity(severity) if severity > 0 else None,
         word_type=WORD_TYPES[word],
+        simulated_by=SYNTHESISER,
         sample_rate=SAMPLE_RATE,
         audio_sha256=write_flac(path, waveform),
     )

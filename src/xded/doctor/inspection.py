@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from xded.checks.training import events, number
-from xded.config import Config, FeatureConfig, ObjectiveConfig
+from xded.config import LOSS_PARTS, Config, FeatureConfig, ObjectiveConfig
 from xded.corpus.manifest import Corpus, Recording
 from xded.decoding import decode_encoded
 from xded.doctor.runs import batches_per_epoch
@@ -30,7 +30,6 @@ from xded.training.data import compute_features
 from xded.training.schedule import Schedule
 
 NEAR_IDS = 3
-PARTS = ("ctc", "ctc_kd", "cross_entropy", "decoder_kd")
 APPLIED = ("lr", "gradient_norm")
 VALIDATED = ("val_loss", "wra", "empty", "distinct", "teacher_forced")
 NETWORK = ("subsampling", "encoder", "ctc_head", "embedding", "decoder", "decoder_norm", "decoder_head")
@@ -338,9 +337,9 @@ def _heard_by(recogniser: Recogniser, recording: Recording) -> str:
 
 def _untrained(objective: ObjectiveConfig) -> list[str]:
     notes = []
-    if not objective.ctc + objective.ctc_kd:
+    if "ctc" not in objective.heads:
         notes.append("This run did not train the CTC head (ctc and ctc_kd have no weight).")
-    if not objective.cross_entropy + objective.decoder_kd:
+    if "decoder" not in objective.heads:
         notes.append("This run did not train the decoder (cross_entropy and decoder_kd have no weight).")
     return notes
 
@@ -380,7 +379,7 @@ class Curves:
     @property
     def parts(self) -> tuple[str, ...]:
         """Names of the parts of the loss that were logged."""
-        return tuple(name for name in PARTS if name in self.step)
+        return tuple(name for name in LOSS_PARTS if name in self.step)
 
     def numbers(self) -> dict[str, Any]:
         """First, last, smallest and largest of what matters."""

@@ -117,7 +117,7 @@ def _users(one: TargetSet, given: Given) -> list[RunFolder]:
     """Runs that distil these targets: those that name their folder, and those whose own targets are gone."""
     found = []
     for run in given.runs:
-        if run.config is None or not (run.config.objective.ctc_kd or run.config.objective.decoder_kd):
+        if run.config is None or not run.config.objective.kinds:
             continue
         named = run.config.targets
         alone = len({store.folder.parent for store in given.stores if store.index.aggregation is not None}) == 1
@@ -251,8 +251,7 @@ class _Examiner:
         """Whether the targets cover what a run trains on."""
         assert run.config is not None
         config = run.config
-        used = {"ctc": config.objective.ctc_kd, "decoder": config.objective.decoder_kd}
-        for kind in (kind for kind in KINDS if used[kind]):
+        for kind in (kind for kind in KINDS if kind in config.objective.kinds):
             if kind not in self.one.targets:
                 self.examination.cannot(f"the {kind} targets of {run.path}", f"{self.subject} has none.")
             elif self.corpus is not None:

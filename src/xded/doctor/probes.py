@@ -52,13 +52,15 @@ from xded.teachers.adapt import parts_of
 from xded.teachers.posteriors import extract
 from xded.training.data import Batch, collate
 from xded.training.evaluation import recognise
-from xded.training.loop import loss_parts
+from xded.training.losses import loss_parts
 
 SAMPLE = 12  # recordings of a probe of invariance
 TAKES = 100  # of the control with other audio; for a large model
 TAKES_LARGE = 30
 ATTENDED = 24
-LOSSES = ("ctc", "cross_entropy", "ctc_kd", "decoder_kd")
+DISTILLED = ("ctc_kd", "decoder_kd", "word_kd")  # 0 where teacher and student are the same
+# those that need nothing but the model itself, and have a size of their own: speakers who agree leave none
+LOSSES = ("ctc", "cross_entropy", *DISTILLED, "text_kd")
 PARTS = ("encoder", "CTC head", "decoder")
 
 # Healthy models (12 recordings, 4 corpora): outputs differ by 1.5e-6 of their standard deviation, losses by 5e-6.
@@ -137,15 +139,16 @@ class Rig:
 def rig_of(bench: Bench) -> Rig:
     """Extracts the recogniser's own posteriors (once) and reads them back as its targets."""
     recogniser, config = bench.recogniser, bench.config
-    every_part = {"ctc": 1.0, "cross_entropy": 1.0, "ctc_kd": 1.0, "decoder_kd": 1.0}
+    every_part = dict.fromkeys(LOSSES, 1.0)
     # a threshold above 1 drops no frame: all of them are compared
-    objective = config.objective.model_copy(update={**every_part, "blank_threshold": 2.0})
+    objective = config.objective.supervised.model_copy(update={**every_part, "blank_threshold": 2.0})
     settings = config.model_copy(update={"objective": objective})
     recordings, folder = bench.train[:SAMPLE], bench.folder / "itself"
-    extract(recogniser.path, "itself", recordings, settings, folder)
+    extract(recogniser.path, "itself", recordings, settings, folder, sorted({r.text for r in recordings}))
     student = recogniser.student
     data = bench.serve(recordings)
     data.ctc_targets, data.decoder_targets = Store(folder / "ctc"), Store(folder / "decoder")
+    data.word_targets, data.text_targets = Store(folder / "words"), data.ctc_targets
     data.frame_rate_hz, data.reduce = student.frame_rate_hz, student.encoder.reduce
     rows = [data[(0, i)] for i in range(len(data))]
     return Rig(rows, settings, collate(rows, recogniser.tokenizer.eos))
@@ -164,7 +167,7 @@ def self_distillation(bench: Bench) -> list[Finding]:
     other = _kd(student, rig, bench)
     evidence = {"same": same, "other": other, "temperature": rig.settings.objective.temperature}
     problems = []
-    for name in ("ctc_kd", "decoder_kd"):
+    for name in DISTILLED:
         loss, gradient = same[name], same[f"{name}_gradient"]
         if not abs(loss) <= SELF_LOSS * other[name] or not gradient <= SELF_GRADIENT * other[f"{name}_gradient"]:
             problems.append(
@@ -188,7 +191,7 @@ def self_distillation(bench: Bench) -> list[Finding]:
 def _kd(student: Student, rig: Rig, bench: Bench) -> dict[str, float]:
     """KD losses, the norms of their gradients, and that of ctc_kd at the CTC head's blank."""
     measured: dict[str, float] = {}
-    for name in ("ctc_kd", "decoder_kd"):
+    for name in DISTILLED:
         student.zero_grad()
         loss = loss_parts(student, rig.batch, rig.settings, bench.recogniser.tokenizer)[name]
         loss.backward()

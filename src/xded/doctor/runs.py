@@ -320,8 +320,8 @@ class _Run:
             return []
         train = self.config.train
         stages = self.config.stages_run or train.stages
-        thawed = next((stage for stage in stages if not stage.freeze_encoder), stages[-1])
-        return [f"{name}." for name in train.frozen_parts(thawed)]
+        thawed = [stage for stage in stages if not stage.freeze_encoder] or stages[-1:]
+        return [f"{name}." for name in min(map(train.frozen_parts, thawed), key=len)]
 
     def _against_start(self, payload: Payload) -> None:
         """What moved since the start that should not have, and what did not that should have."""

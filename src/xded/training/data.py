@@ -1,12 +1,9 @@
-"""Recordings to batches. Order, augmentation and dropout are pure functions of (seed, batch number).
-
-That is what makes a resumed run identical to an unbroken one: there is no random state to lose.
-"""
+"""Recordings to batches. Augmentation is a pure function of seed, epoch and recording: no random state can be lost."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache, lru_cache
 from pathlib import Path
@@ -14,21 +11,22 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from xded.audio import read_audio
 from xded.augment import augment
+from xded.augment_audio import View, audio_part
 from xded.config import AugmentConfig, FeatureConfig
 from xded.corpus.manifest import Recording
 from xded.features import LogMel
 from xded.models.hugging_face import HuggingFaceFrontEnd
-from xded.objectives import TopK
+from xded.objectives import TopK, WordTarget
 from xded.targets.store import Posterior, Store
 from xded.tokenizer import Tokenizer
 from xded.training.curriculum import Curriculum
 
-KEPT_FEATURES = 30_000  # recordings whose features a process keeps: 3.8 GB at 4 s each
-POOL_BATCHES = 16  # batches whose recordings are sorted by length together, so that little is padding
+KEPT_FEATURES = 30_000  # recordings (versions, where audio is augmented) whose features are kept: 3.8 GB at 4 s each
+MOST_WORDS = 8  # of a target that lists words: each of them costs a CTC loss
 FrontEnd = LogMel | HuggingFaceFrontEnd
 
 
@@ -47,90 +45,40 @@ class Batch:
     ctc_target: TopK | None  # [B, T', k]
     least_blank: Tensor | None  # [B, T']
     decoder_target: TopK | None  # [B, U + 1, k]
+    words: WordTarget | None = None  # [B, W, ...], the likeliest ones of each recording
+    heard: Tensor | None = None  # [B, U], the text that the teachers hear
+    heard_lengths: Tensor | None = None  # [B], 0 where they hear nothing
+    guide: Tensor | None = None  # [B, T', D of the guide]
 
     def to(self, device: torch.device) -> Batch:
         """The batch on another device."""
 
         def move(value: object) -> object:
-            if isinstance(value, TopK):
-                return TopK(*(tensor.to(device, non_blocking=True) for tensor in value))
+            if isinstance(value, TopK | WordTarget):
+                return type(value)(*(tensor.to(device, non_blocking=True) for tensor in value))
             return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
         return Batch(**{f.name: move(getattr(self, f.name)) for f in fields(self)})  # type: ignore[arg-type]
 
 
-@lru_cache(maxsize=4)  # an epoch is asked for once a batch; a long run has thousands of epochs
-def batches_of_epoch(
-    lengths: tuple[int, ...], batch_size: int, seed: int, epoch: int, curriculum: Curriculum | None = None
-) -> tuple[tuple[int, ...], ...]:
-    """Indices of every batch of an epoch: shuffled, with recordings of like length together.
-
-    A curriculum changes whom the batches are drawn from, not their number or their sizes. A recording that an epoch
-    holds again has its index plus a multiple of the number of recordings: another copy, augmented in another way.
-    """
-    random = np.random.default_rng([seed, epoch])
-    count, pool = len(lengths), batch_size * POOL_BATCHES
-    offered = np.arange(count) if curriculum is None else curriculum.offered(epoch, batch_size)
-    passes = [offered[random.permutation(len(offered))] + copy * count for copy in range(-(-count // len(offered)))]
-    order = np.concatenate(passes)[:count]
-    batches: list[tuple[int, ...]] = []
-    for start in range(0, count, pool):
-        by_length = sorted(order[start : start + pool].tolist(), key=lambda i: lengths[i % count])
-        batches += [tuple(by_length[i : i + batch_size]) for i in range(0, len(by_length), batch_size)]
-    return tuple(batches[i] for i in random.permutation(len(batches)))
-
-
-def batch_of(
-    lengths: tuple[int, ...], batch_size: int, seed: int, number: int, curriculum: Curriculum | None = None
-) -> tuple[int, tuple[int, ...]]:
-    """Epoch (from 0) and indices (as in `batches_of_epoch`) of a batch, by its number in the whole run."""
-    epoch, place = divmod(number, -(-len(lengths) // batch_size))
-    return epoch, batches_of_epoch(lengths, batch_size, seed, epoch, curriculum)[place]
-
-
-def compute_features(path: Path, front_end: FrontEnd) -> np.ndarray:
-    """Features of a file: [T, F] float32."""
+def compute_features(path: Path, front_end: FrontEnd, view: View | None = None) -> np.ndarray:
+    """Features of a file, or of a version of its audio: [T, F] float32."""
     waveform = read_audio(path, front_end.sample_rate)
+    if view is not None:
+        waveform = view.of(waveform, front_end.sample_rate)
     features, lengths = front_end(torch.from_numpy(waveform)[None], torch.tensor([len(waveform)]))
     return features[0, : int(lengths[0])].numpy()
 
 
 @lru_cache(maxsize=KEPT_FEATURES)
-def features_of(path: Path, config: FeatureConfig) -> np.ndarray:
+def features_of(path: Path, config: FeatureConfig, view: View | None = None) -> np.ndarray:
     """`compute_features` of `LogMel` with normalisation per recording, kept for all runs of this process."""
-    return compute_features(path, _front_end(config))
+    return compute_features(path, _front_end(config), view)
 
 
 @cache
 def _front_end(config: FeatureConfig) -> LogMel:
     return LogMel(config)
-
-
-class RunSampler(Sampler[list[tuple[int, int]]]):
-    """All batches of a run in one sequence, from `first` on: lists of (epoch, index).
-
-    Of `count` processes each gets every count-th recording of a batch. One for which nothing is left gets the first
-    recording, which does not count (`Loop`): every process has to take part in every batch.
-    """
-
-    def __init__(
-        self, lengths: Sequence[int], batch_size: int, seed: int, epochs: int, first: int = 0, *,
-        rank: int = 0, count: int = 1, curriculum: Curriculum | None = None,
-    ) -> None:  # fmt: skip
-        self.lengths, self.batch_size, self.seed = tuple(lengths), batch_size, seed
-        self.first, self.total = first, -(-len(lengths) // batch_size) * epochs
-        self.rank, self.count, self.curriculum = rank, count, curriculum
-
-    def __len__(self) -> int:
-        return self.total - self.first
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        per_epoch = -(-len(self.lengths) // self.batch_size)
-        for epoch in range(self.first // per_epoch, self.total // per_epoch):
-            # asked for once: to look it up hashes all lengths, which for every batch would be quadratic
-            batches = batches_of_epoch(self.lengths, self.batch_size, self.seed, epoch, self.curriculum)
-            for batch in batches[max(0, self.first - epoch * per_epoch) :]:
-                yield [(epoch, index) for index in batch[self.rank :: self.count] or batch[:1]]
 
 
 def align_by_time(posterior: Posterior, frames: int, target_rate_hz: float, student_rate_hz: float) -> Posterior:
@@ -150,8 +98,9 @@ class TrainingData(Dataset[dict]):
     Args:
         recordings: what to serve.
         front_end: makes features; tokenizer: makes token ids.
-        augmentation: none for validation and tests, nor of waveforms: it is of log-mel features.
-        ctc_targets, decoder_targets: stores of aggregated targets, or none.
+        augmentation: none for validation and tests. Waveforms as features (`is_waveform`) have that of audio alone.
+        ctc_targets, decoder_targets, word_targets: stores of aggregated targets, or none.
+        text_targets: store of CTC targets of which only the text is read, or none.
         frame_rate_hz: encoded frames a second of the student; reduce: feature frames -> encoded frames.
     """
 
@@ -165,6 +114,8 @@ class TrainingData(Dataset[dict]):
         seed: int = 0,
         ctc_targets: Store | None = None,
         decoder_targets: Store | None = None,
+        word_targets: Store | None = None,
+        text_targets: Store | None = None,
         frame_rate_hz: float = 25.0,
         reduce: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
@@ -172,14 +123,17 @@ class TrainingData(Dataset[dict]):
         self.front_end, self.tokenizer = copy.deepcopy(front_end).cpu(), tokenizer
         self.augmentation, self.seed = augmentation, seed
         self.ctc_targets, self.decoder_targets = ctc_targets, decoder_targets
+        self.word_targets, self.text_targets = word_targets, text_targets
         self.frame_rate_hz, self.reduce = frame_rate_hz, reduce
         self.tokens = [tokenizer.encode(recording.text) for recording in self.recordings]
         self.encoded: list[Tensor] | None = None  # outputs of the frozen encoder
+        self.guide: list[Tensor] | None = None  # outputs of the guide's encoder
+        self._tokens_of: dict[str, list[int]] = {}
         self.frozen_epochs = 0  # epochs in which they are served
         self.curriculum: Curriculum | None = None  # what batches are drawn from; none: all recordings
         self.opened: dict[str, Path] = {}  # recording -> the file whose audio was served for it
         self.spread: dict[str, float] = {}  # recording -> standard deviation of its features before augmentation
-        self._features: dict[int, np.ndarray] = {}
+        self._features: dict[tuple[int, View | None], np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self.recordings)
@@ -188,25 +142,39 @@ class TrainingData(Dataset[dict]):
         """The same without augmentation and targets; what is opened through it counts as opened."""
         plain = copy.copy(self)
         plain.augmentation = plain.ctc_targets = plain.decoder_targets = plain.encoded = None
+        plain.word_targets = plain.text_targets = plain.guide = None
         return plain
 
     @property
     def lengths(self) -> list[int]:
-        """Milliseconds of each recording: what batches are sorted by."""
+        """Milliseconds of each recording as it is, whatever augmentation does: what batches are sorted by."""
         return [round(1000 * recording.duration) for recording in self.recordings]
 
-    def features(self, index: int) -> np.ndarray:
-        """Features of a recording without augmentation: [T, F]."""
+    def view(self, epoch: int, index_of_copy: int) -> View | None:
+        """The version of a recording's audio that an epoch hears, the next one every epoch and copy; none: as it is.
+
+        Which one an epoch starts with differs from recording to recording, so that every epoch hears some of each.
+        """
+        changes = audio_part(self.augmentation) if self.augmentation is not None else None
+        if self.augmentation is None or changes is None:
+            return None
+        copy_number, index = divmod(index_of_copy, len(self))
+        number = (epoch + copy_number + index) % self.augmentation.views
+        return View(changes, self.seed, self.recordings[index].recording, number) if number else None
+
+    def features(self, index: int, view: View | None = None) -> np.ndarray:
+        """Features of a recording, or of a version of its audio, without augmentation of features: [T, F]."""
         path, front_end = self.recordings[index].audio_filepath, self.front_end
         self.opened[self.recordings[index].recording] = path
         if isinstance(front_end, LogMel) and front_end.config.normalisation == "per_recording":
-            return features_of(path, front_end.config)
-        if index not in self._features:
-            self._features[index] = compute_features(path, front_end)
-        return self._features[index]
+            # asked for as others do who know of no versions: another signature would be kept twice
+            return features_of(path, front_end.config, view) if view else features_of(path, front_end.config)
+        if (index, view) not in self._features:
+            self._features[index, view] = compute_features(path, front_end, view)
+        return self._features[index, view]
 
     def __getitem__(self, item: tuple[int, int]) -> dict:
-        epoch, index_of_copy = item  # as in `batches_of_epoch`
+        epoch, index_of_copy = item  # as in `training.order`
         index = index_of_copy % len(self)
         recording = self.recordings[index]
         row: dict = {"recording": recording.recording, "speaker": recording.speaker, "tokens": self.tokens[index]}
@@ -214,20 +182,58 @@ class TrainingData(Dataset[dict]):
             row["encoded"] = self.encoded[index]
             frames = len(self.encoded[index])
         else:
-            features = self.features(index)
-            self.spread.setdefault(recording.recording, float(features.std()))
+            if recording.recording not in self.spread:
+                self.spread[recording.recording] = float(self.features(index).std())
+            features = self.features(index, self.view(epoch, index_of_copy))
             if self.augmentation is not None and not self.front_end.is_waveform:
                 random = np.random.default_rng([self.seed, epoch, index_of_copy, 1])
                 features = augment(features, self.augmentation, random)
             row["features"] = torch.from_numpy(features)
             frames = int(self.reduce(torch.tensor(len(features)))) if self.reduce else 0
+        if self.guide is not None:
+            row["guide"] = self.guide[index]
+        return row | self._targets_of(recording.recording, frames, len(self.tokens[index]) + 1)
+
+    def _targets_of(self, recording: str, frames: int, steps: int) -> dict:
+        """What the teachers say of a recording of so many encoded frames and decoder steps."""
+        said: dict = {}
         if self.ctc_targets is not None:
-            posterior = self.ctc_targets.read(recording.recording)
+            posterior = read_or_nothing(self.ctc_targets, recording, frames)
             rate_hz = self.ctc_targets.index.frame_rate_hz or self.frame_rate_hz
-            row["ctc"] = align_by_time(posterior, frames, rate_hz, self.frame_rate_hz)
+            said["ctc"] = align_by_time(posterior, frames, rate_hz, self.frame_rate_hz)
         if self.decoder_targets is not None:
-            row["decoder"] = self.decoder_targets.read(recording.recording)
-        return row
+            said["decoder"] = read_or_nothing(self.decoder_targets, recording, steps)
+        if self.word_targets is not None:
+            posterior, listed = read_or_nothing(self.word_targets, recording, 1), self.word_targets.index.words
+            ids, probabilities = posterior.ids[0], posterior.probabilities[0]
+            best = np.argsort(-probabilities, kind="stable")[:MOST_WORDS]
+            best = best[probabilities[best] > 0]
+            said["words"] = [(self._encoded(listed[ids[i]]), float(probabilities[i])) for i in best]
+        if self.text_targets is not None:
+            store = self.text_targets
+            there = not store.index.spelled_only or recording in store
+            said["heard"] = self._encoded(store.entry(recording).text or "") if there else []
+        return said
+
+    def _encoded(self, text: str) -> list[int]:
+        """Tokens of a text, which is encoded once."""
+        if text not in self._tokens_of:
+            self._tokens_of[text] = self.tokenizer.encode(text) if text else []
+        return self._tokens_of[text]
+
+
+def read_or_nothing(store: Store, recording: str, steps: int) -> Posterior:
+    """A target; one without any mass, whose losses are 0, where the teachers are not believed on purpose.
+
+    Raises:
+        TargetError: there is none although there should be.
+    """
+    if recording in store or not store.index.spelled_only:
+        return store.read(recording)
+    width = store.read(store.index.recordings[0].recording).ids.shape[1]  # stored posteriors may be narrower than top_k
+    empty = np.zeros((steps, width), np.float32)
+    # no teacher hears speech in it: no frame is used
+    return Posterior(empty.astype(np.int64), empty, empty[:, 0], np.ones(steps, np.float32))
 
 
 def _pad(rows: list[Tensor]) -> Tensor:
@@ -243,6 +249,23 @@ def _pad_posteriors(posteriors: list[Posterior]) -> tuple[TopK, Tensor]:
     return target, _pad([torch.from_numpy(p.least_blank) for p in posteriors])
 
 
+def _pad_tokens(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """[B, U], at least one wide, and [B]."""
+    padded = torch.zeros(len(rows), max(1, *map(len, rows)), dtype=torch.int64)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = torch.tensor(row)
+    return padded, torch.tensor([len(row) for row in rows])
+
+
+def _pad_words(rows: list[list[tuple[list[int], float]]]) -> WordTarget:
+    """Words of each recording, at least one place wide."""
+    most = max(1, *map(len, rows))
+    filled = [row + [([], 0.0)] * (most - len(row)) for row in rows]
+    tokens, lengths = _pad_tokens([word for row in filled for word, _ in row])
+    probabilities = torch.tensor([[probability for _, probability in row] for row in filled])
+    return WordTarget(tokens.view(len(rows), most, -1), lengths.view(len(rows), most), probabilities)
+
+
 def collate(rows: list[dict], eos: int) -> Batch:
     """Pads rows of `TrainingData` into a `Batch`."""
     features = [row["features"] for row in rows if "features" in row]
@@ -253,6 +276,7 @@ def collate(rows: list[dict], eos: int) -> Batch:
         tokens[i, : len(row["tokens"])] = torch.tensor(row["tokens"])
     ctc, least_blank = _pad_posteriors([row["ctc"] for row in rows]) if "ctc" in rows[0] else (None, None)
     decoder = _pad_posteriors([row["decoder"] for row in rows])[0] if "decoder" in rows[0] else None
+    heard, heard_lengths = _pad_tokens([row["heard"] for row in rows]) if "heard" in rows[0] else (None, None)
     return Batch(
         recordings=[row["recording"] for row in rows],
         speakers=[row["speaker"] for row in rows],
@@ -265,4 +289,8 @@ def collate(rows: list[dict], eos: int) -> Batch:
         ctc_target=ctc,
         least_blank=least_blank,
         decoder_target=decoder,
+        words=_pad_words([row["words"] for row in rows]) if "words" in rows[0] else None,
+        heard=heard,
+        heard_lengths=heard_lengths,
+        guide=_pad([row["guide"] for row in rows]) if "guide" in rows[0] else None,
     )

@@ -116,7 +116,7 @@ def _under_start(config: Config, student: Student, data: TrainingData) -> np.nda
 
 
 def losses(student: Student, batch: Batch, config: Config, blank: int, bos: int) -> Tensor:
-    """The supervised loss of each recording of a batch: [B]. Its mean is that of `loop.loss_parts`, unsmoothed."""
+    """The supervised loss of each recording of a batch: [B]. Its mean is that of `losses.loss_parts`, unsmoothed."""
     weights = config.objective
     assert batch.features is not None
     encoded, frames = student.encode(batch.features, batch.feature_lengths)

@@ -17,7 +17,7 @@ from xded.models.student import Student
 from xded.scoring import Prediction, score
 from xded.tokenizer import Tokenizer
 from xded.training.data import Batch, TrainingData, collate
-from xded.training.loop import loss_parts, weighted_sum
+from xded.training.losses import loss_parts, weighted_sum
 
 # for WRA that is not reported by itself: validation, and cells of a matrix that states the conditions
 UNSTATED = {"speakers": "unknown", "words": "unknown", "word_list": "open", "decode": "greedy"}

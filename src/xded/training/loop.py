@@ -13,32 +13,36 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
-from xded import objectives
 from xded.checks.learning import collapsed
 from xded.config import Config
 from xded.errors import EXIT_INTERRUPTED, GO_ON, TrainingError
-from xded.features import valid_mask
 from xded.findings import Finding
 from xded.models import collective
-from xded.models.conformer import MaskedBatchNorm
-from xded.models.student import Student, decoder_input
+from xded.models.conformer import Conformer, MaskedBatchNorm
+from xded.models.student import Student
 from xded.tokenizer import Tokenizer
+from xded.training.auxiliary import Auxiliary
+from xded.training.averaging import Average
+from xded.training.checkpointing import AUXILIARY
 from xded.training.curriculum import require_same_order
-from xded.training.data import Batch, TrainingData, batch_of
+from xded.training.data import Batch, TrainingData
+from xded.training.losses import loss_parts, weighted_sum
 from xded.training.monitor import FrozenParts, gradient_norms, unused_parts
+from xded.training.order import Order
 from xded.training.schedule import Schedule
 from xded.training.status import is_logged
 
+LATEST = "latest.pt"  # what a run goes on from; all other checkpoints hold the weights that are tested
 GRADIENT_WATCH = 4  # batches at the start of each epoch in which gradients are looked for
-MEASURES = ("frames", "teacher_forced")  # beside the parts of the loss
 STOPPED_AT_ONCE = "Stopped at once; updates since the last save are lost."
 NEXT_PROCESS = 7_368_787_200_000_049  # between the random states of the processes that share a batch
 
@@ -60,52 +64,7 @@ class CollapsedRunError(TrainingError):
         return type(self), (self.finding,)
 
 
-def loss_parts(student: Student, batch: Batch, config: Config, tokenizer: Tokenizer) -> dict[str, Tensor]:
-    """Unweighted parts of the loss of a batch, and measures: `frames`, the share of frames that the CTC side used, and
-    (outside training) `teacher_forced`, the share of decoder steps that are right when the true text comes before them.
-    """
-    weights = config.objective
-    if batch.encoded is None:
-        assert batch.features is not None
-        encoded, lengths = student.encode(batch.features, batch.feature_lengths)
-    else:
-        assert batch.encoded_lengths is not None
-        encoded, lengths = batch.encoded, batch.encoded_lengths
-    parts: dict[str, Tensor] = {}
-    frames = valid_mask(lengths, encoded.shape[1])
-    used = frames.sum() / frames.numel()
-    if weights.ctc or weights.ctc_kd:
-        logits = student.ctc_logits(encoded)
-        if weights.ctc:
-            parts["ctc"] = objectives.ctc(logits, lengths, batch.tokens, batch.token_lengths, tokenizer.blank)
-        if weights.ctc_kd:
-            assert batch.ctc_target is not None
-            assert batch.least_blank is not None
-            kept = objectives.speech_frames(batch.least_blank, lengths, weights.blank_threshold)
-            used = kept.sum() / frames.sum()
-            parts["ctc_kd"] = objectives.ctc_kd(logits, batch.ctc_target, kept, weights.temperature)
-    if weights.cross_entropy or weights.decoder_kd:
-        logits = student.decoder_logits(decoder_input(batch.tokens, tokenizer.bos), encoded, lengths)
-        steps = batch.token_lengths + 1  # </s> is a step
-        if weights.cross_entropy:
-            parts["cross_entropy"] = objectives.cross_entropy(logits, batch.tokens, steps, weights.label_smoothing)
-            if not student.training:
-                right = (logits.argmax(dim=2) == batch.tokens).float()
-                parts["teacher_forced"] = objectives.recording_mean(right, valid_mask(steps, right.shape[1]))
-        if weights.decoder_kd:
-            assert batch.decoder_target is not None
-            parts["decoder_kd"] = objectives.decoder_kd(logits, batch.decoder_target, steps, weights.temperature)
-    parts["frames"] = used.detach()
-    return parts
-
-
-def weighted_sum(parts: Mapping[str, Tensor], config: Config) -> Tensor:
-    """The loss: parts times their weights in the objective."""
-    terms = [getattr(config.objective, name) * value for name, value in parts.items() if name not in MEASURES]
-    return torch.stack(terms).sum()
-
-
-def parameter_groups(student: Student, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(student: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay for matrices, none for biases, norms and embeddings' scale."""
     matrices = [p for p in student.parameters() if p.dim() > 1]
     vectors = [p for p in student.parameters() if p.dim() <= 1]
@@ -122,6 +81,7 @@ class Loop(L.LightningModule):
         validate: called at epoch ends, returns metrics with `wra` and `val_loss` (or an empty mapping).
         watch: called with every event ("stage", "step", "epoch", "saved") for logs, status and metrics.
         extra: keys that every checkpoint carries (config, tokenizer, provenance).
+        auxiliary: what parts of the loss learn beside the student.
     """
 
     def __init__(
@@ -135,11 +95,16 @@ class Loop(L.LightningModule):
         validate: Callable[[Student], dict[str, float]],
         watch: Callable[[str, dict[str, Any]], None],
         extra: Mapping[str, Any],
+        auxiliary: Auxiliary | None = None,
     ) -> None:
         super().__init__()
         self.student, self.run_config, self.schedule, self.tokenizer = student, config, schedule, tokenizer
         self.data, self.out, self.validate, self.watch, self.extra = data, out, validate, watch, extra
-        self.lengths = tuple(data.lengths)
+        self.order = Order.of(data, config.train, config.seed)
+        self.auxiliary = auxiliary
+        if isinstance(student.encoder, Conformer):
+            student.encoder.mixing = config.augment.mix_style
+        self.average: Average | None = None
         self.first_batch = 0
         self.restored: dict[str, Any] | None = None
         self.sums: dict[str, float] = {}
@@ -167,6 +132,8 @@ class Loop(L.LightningModule):
         """Goes on from a checkpoint of the same run."""
         self.restored = checkpoint
         self.student.load_state_dict(checkpoint["model_state_dict"])
+        if self.auxiliary is not None:
+            self.auxiliary.load_state_dict(checkpoint[AUXILIARY])
         self.first_batch = int(checkpoint["batch"]) + 1
         self.sums, self.best = dict(checkpoint["sums"]), dict(checkpoint["best"])
         self.last_epoch = dict(checkpoint["last_epoch"])
@@ -178,6 +145,9 @@ class Loop(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with the design's betas; the learning rate is set before every update."""
         groups = parameter_groups(self.student, self.run_config.train.weight_decay)
+        if self.auxiliary is not None:
+            beside = parameter_groups(self.auxiliary, self.run_config.train.weight_decay)
+            groups += [group for group in beside if group["params"]]
         return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-9, fused=True)
 
     def on_train_start(self) -> None:
@@ -185,7 +155,11 @@ class Loop(L.LightningModule):
         if self.data.curriculum is not None:
             require_same_order(self.data.curriculum.order)
         self.set_stage(self.schedule.stage_of_epoch(self.schedule.epoch_of_batch(self.first_batch)))
+        if self.run_config.train.average != "none":
+            self.average = Average(self.student, self.run_config.train, self.schedule.updates)
         if self.restored is not None:
+            if self.average is not None:
+                self.average.restore(self.restored["average"])
             self.trainer.strategy.load_optimizer_state_dict(self.restored)
             precision = self.trainer.precision_plugin
             if type(precision).__qualname__ in self.restored:
@@ -200,7 +174,8 @@ class Loop(L.LightningModule):
         self.student.train()
         self.student.encoder.requires_grad_(True)
         for name in self.run_config.train.frozen_parts(self.schedule.stages[stage]):
-            self.student.get_submodule(name).requires_grad_(False).eval()
+            part = self.student.get_submodule(name).requires_grad_(False).eval()
+            part.zero_grad()  # of batches before this stage, of an update that it begins within
         self.watch("stage", {"parameters": self.student.parameter_counts()})
 
     def watch_frozen(self, stage: int) -> None:
@@ -249,8 +224,9 @@ class Loop(L.LightningModule):
             for module in self.student.modules():
                 if isinstance(module, MaskedBatchNorm):
                     module.counted = share > 0
-        parts = loss_parts(self.student, batch, self.run_config, self.tokenizer)
-        loss = weighted_sum(parts, self.run_config)
+        progress = self.progress(self.number(batch_idx))
+        parts = loss_parts(self.student, batch, self.run_config, self.tokenizer, self.auxiliary, progress)
+        loss = weighted_sum(parts, self.run_config, progress)
         self.pending += batch.recordings if share else []
         values = self._of_all({"loss": loss, **parts}, share)
         if not math.isfinite(values["loss"]):
@@ -264,8 +240,7 @@ class Loop(L.LightningModule):
         """Part of a batch's recordings that this process has."""
         if collective.count() == 1:
             return 1.0
-        size, seed = self.run_config.train.batch_size, self.run_config.seed
-        _, whole = batch_of(self.lengths, size, seed, number, self.data.curriculum)
+        whole = self.order.batch(number)
         return len(whole[collective.rank() :: collective.count()]) / len(whole)
 
     def _of_all(self, values: Mapping[str, Tensor], share: float) -> dict[str, float]:
@@ -307,6 +282,8 @@ class Loop(L.LightningModule):
         if is_logged(update):
             self.watch("gradients", {"update": update, **gradient_norms(self.student, self.tokenizer.blank)})
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.run_config.train.gradient_clip)
+        if self.auxiliary is not None:  # by itself: what it learns must not shorten the student's steps
+            torch.nn.utils.clip_grad_norm_(self.auxiliary.parameters(), self.run_config.train.gradient_clip)
         self.gradient_norm = float(norm)
         if not math.isfinite(self.gradient_norm) and "16-mixed" not in str(self.trainer.precision):
             self._refuse(f"the gradient's norm is {self.gradient_norm}")
@@ -320,6 +297,8 @@ class Loop(L.LightningModule):
         self.skipped += not outputs  # of `training_step`: without a loss there is no update
         if updated:
             self.pending = []
+            if self.average is not None:
+                self.average.take(update)
             rate = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
             self.watch("step", self._step_row(number, update, rate))
         ends_epoch = (number + 1) % self.schedule.batches_per_epoch == 0
@@ -328,7 +307,7 @@ class Loop(L.LightningModule):
         self.save_due |= ends_epoch or update - self.last_saved >= self.run_config.train.save_every_steps
         stopping = self.stopping if collective.count() > 1 else self.stop_requested.is_set()
         if updated and (self.save_due or stopping):
-            self.save(self.out / "latest.pt", number)
+            self.save(self.out / LATEST, number)
             self.save_due, self.last_saved = False, update
         if updated and stopping and number + 1 < self.total_batches:
             raise InterruptedRunError(f"Stopped on request after update {update}.", GO_ON)
@@ -338,6 +317,10 @@ class Loop(L.LightningModule):
     def update_of(self, number: int) -> int:
         """Update (from 1) that a batch belongs to; the last one may have fewer batches than the others."""
         return number // self.schedule.accumulate + 1
+
+    def progress(self, number: int) -> float:
+        """Share of the run that is over at a batch's update: 0 at the first one, 1 at the last."""
+        return (self.update_of(number) - 1) / max(1, self.schedule.updates - 1)
 
     @property
     def total_batches(self) -> int:
@@ -370,7 +353,9 @@ class Loop(L.LightningModule):
         self.sums = {}
         measured: dict[str, float] = {}
         if due:
-            measured = collective.everyones(self.validate(self.student) if collective.rank() == 0 else {})[0]
+            with self.tested():
+                own = self.validate(self.student) if collective.rank() == 0 else {}
+            measured = collective.everyones(own)[0]
             self.stage = -1  # validation left everything in eval mode: the next batch sets the stage anew
         self.last_epoch = {
             "train_loss": means["loss"],
@@ -394,6 +379,8 @@ class Loop(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what resuming and using the model need."""
         checkpoint.update(self.extra)
+        if self.auxiliary is not None:
+            checkpoint[AUXILIARY] = self.auxiliary.state_dict()
         checkpoint.update(
             epoch=self.schedule.epoch_of_batch(self.saving) + 1,
             batch=self.saving,
@@ -407,11 +394,20 @@ class Loop(L.LightningModule):
             skipped=self.skipped,
             history=list(self.history),
         )
+        if self.average is not None and self.to_go_on:
+            checkpoint["average"] = self.average.state()
+        elif self.average is not None:
+            checkpoint["averaged"] = self.average.count
+
+    def tested(self) -> AbstractContextManager[None]:
+        """The student has the weights that are tested: the averaged ones where the config says so."""
+        return nullcontext() if self.average is None else self.average.in_place()
 
     def save(self, path: Path, number: int) -> None:
         """Writes a checkpoint after batch `number`."""
-        self.saving = number
-        self.trainer.save_checkpoint(path)
+        self.saving, self.to_go_on = number, path.name == LATEST
+        with nullcontext() if self.to_go_on else self.tested():
+            self.trainer.save_checkpoint(path)
         self.watch("saved", {"path": path.name, "best": dict(self.best), **self.gradient_facts()})
 
     def gradient_facts(self) -> dict[str, Any]:

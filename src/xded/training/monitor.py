@@ -36,9 +36,8 @@ def group_of(name: str) -> str:
 
 def unused_parts(objective: ObjectiveConfig) -> tuple[str, ...]:
     """First names of the parameters that the objective does not use: they receive no gradient, rightly."""
-    ctc = () if objective.ctc or objective.ctc_kd else CTC_PARTS
-    decoder = () if objective.cross_entropy or objective.decoder_kd else DECODER_PARTS
-    return ctc + decoder
+    parts = {"ctc": CTC_PARTS, "decoder": DECODER_PARTS}
+    return tuple(name for head, names in parts.items() if head not in objective.heads for name in names)
 
 
 def gradient_norms(student: Student, blank: int) -> dict[str, Any]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 
+from xded.augment_audio import shortest_s
 from xded.checks import data, labels, targets, training
 from xded.config import Config
 from xded.corpus.folds import Provenance, guard
-from xded.corpus.manifest import Recording
+from xded.corpus.manifest import Recording, read_corpus
 from xded.errors import CheckpointError, ConfigError, CorpusError, XdedError
 from xded.findings import CHECKS, Examination, Finding
 from xded.models.checkpoints import load
@@ -23,8 +24,10 @@ from xded.models.weights import load_weights
 from xded.objectives import ctc_frames_needed
 from xded.targets.store import Kind, Store, TargetError, audio_hash
 from xded.tokenizer import Tokenizer
+from xded.training.guide import check_speakers, open_guide
 from xded.training.job import Job
 from xded.training.monitor import loaded
+from xded.training.order import Words
 
 LISTED = 5
 VOID = "the run could not learn what was meant, or its results would be void"
@@ -111,17 +114,16 @@ def preflight(
     frozen = [stage.freeze_encoder for stage in job.config.train.stages]
     if sorted(frozen, reverse=True) != frozen:
         raise ConfigError("A stage with a frozen encoder follows one that trains it.", "Put the frozen stages first.")
-    layers = len(student.encoder.layers)
-    if job.config.train.freeze_layers > layers:
-        raise ConfigError(
-            f"freeze_layers is {job.config.train.freeze_layers}, and the encoder has {layers} layers.",
-            f"Freeze at most {layers}.",
-        )
+    check_layers(job.config, student)
+    Words.of([tuple(job.tokenizer.encode(r.text)) for r in job.train], [r.speaker for r in job.train], job.config.train)
+    guide = open_guide(job, student)
+    check_speakers(job)
     provenance = (
         _heard(job.name, job.train),
         *((_heard(f"model selection of {job.name}", job.validation),) if job.validation else ()),
         *((_heard(f"normaliser of {job.name}", job.train),) if fits_normaliser(job.config) else ()),
         *inherited,
+        *(guide.provenance if guide is not None else ()),
         *(p for store in stores.values() for p in store.index.provenance),
     )
     gate.must(
@@ -131,6 +133,28 @@ def preflight(
     look_at_data(job, gate)
     look_at_settings(job, stores, gate)
     return stores, tuple(dict.fromkeys(provenance))
+
+
+def check_layers(config: Config, student: Student) -> None:
+    """Raises when more layers are frozen or whitened than there are, or when early features are not ours to change."""
+    layers = len(student.encoder.layers)
+    frozen = max(config.train.freeze_layers, *(stage.freeze_layers or 0 for stage in config.train.stages))
+    for name, asked, what in (("freeze", frozen, "Freeze"), ("whiten", config.model.whiten_layers, "Whiten")):
+        if asked > layers:
+            raise ConfigError(
+                f"{name}_layers is {asked}, and the encoder has {layers} layers.", f"{what} at most {layers}."
+            )
+    if config.model.whiten_layers and config.augment.mix_style:
+        raise ConfigError(
+            "model.whiten_layers takes away the statistics that augment.mix_style mixes.", "Set one of the two to 0."
+        )
+    changed = {"model.whiten_layers": config.model.whiten_layers, "augment.mix_style": config.augment.mix_style}
+    for key, value in changed.items():
+        if value and config.model.hugging_face is not None:
+            raise ConfigError(
+                f"{key} is {value:g}, and a Hugging Face encoder's layers are left as they are.",
+                f"Set {key}=0, or use the Conformer.",
+            )
 
 
 def look_at_data(job: Job, gate: Gate) -> None:
@@ -158,9 +182,19 @@ def look_at_settings(job: Job, stores: Mapping[Kind, Store], gate: Gate) -> None
             "the config's decode section", inherited=config.train.init is not None,
         ),
     )  # fmt: skip
+    if config.augment.dysarthria:
+        gate.run("same-simulator", job.name, lambda: same_simulator(job))
     for store in stores.values():
         where = str(store.folder)
         gate.run("effective-teachers", where, partial(targets.effective_teachers, store.index, where))
+
+
+def same_simulator(job: Job) -> list[Finding]:
+    """Whether the run's augmentation is what made its corpus, the recordings of the test included."""
+    heard, path = (*job.train, *job.validation), job.config.corpus
+    if not any(r.simulated_by for r in heard) and path is not None and path.exists():
+        heard = read_corpus(path).recordings
+    return data.same_simulator(job.config.augment.dysarthria, [r.simulated_by for r in heard], job.name)
 
 
 def fits_normaliser(config: Config) -> bool:
@@ -211,13 +245,9 @@ def initialise(job: Job, student: Student, going_on: bool) -> tuple[Provenance, 
 
 def open_targets(job: Job, gate: Gate) -> dict[Kind, Store]:
     """The stores that the objective needs, checked against tokenizer, temperature and audio; `job.train` becomes what
-    they cover.
+    they cover. A recording whose target was left out on purpose (`target.spelled_only`) stays: it has its text.
     """
-    needed: list[Kind] = []
-    if job.config.objective.ctc_kd:
-        needed.append("ctc")
-    if job.config.objective.decoder_kd:
-        needed.append("decoder")
+    needed = cast(tuple[Kind, ...], job.config.objective.kinds)
     if not needed:
         return {}
     folder = job.config.targets
@@ -230,16 +260,17 @@ def open_targets(job: Job, gate: Gate) -> dict[Kind, Store]:
         check_targets(store, job, gate)
     for store in stores.values():
         gate.run("target-coverage", str(folder), partial(targets.coverage, store.index, job.train, str(store.folder)))
-    kept = [r for r in job.train if all(r.recording in store for store in stores.values())]
-    if not kept:
+    covered = {r.recording for r in job.train if all(r.recording in store for store in stores.values())}
+    left_out = all(store.index.spelled_only for store in stores.values())
+    if not covered:
         raise TargetError(
             f"The targets in {folder} cover none of the {len(job.train)} training recordings.",
             "Make them anew from this corpus and fold: 'xded targets'.",
         )
     index = next(iter(stores.values())).index
-    job.facts["targets"] = f"{folder}, {len(kept)} of {len(job.train)} training recordings covered"
+    job.facts["targets"] = f"{folder}, {len(covered)} of {len(job.train)} training recordings covered"
     job.facts["teachers"] = f"{', '.join(index.teachers)} ({index.effective_teachers:.1f} effective)"
-    job.train = kept
+    job.train = [r for r in job.train if left_out or r.recording in covered]
     return stores
 
 
@@ -252,6 +283,8 @@ def check_targets(store: Store, job: Job, gate: Gate) -> None:
     gate.must("audio-hash", where, lambda: check_audio(store, covered), f"{len(covered)} recordings")
     if store.index.kind == "decoder":
         gate.must("frame-count", where, lambda: check_steps(store, covered, job.tokenizer))
+    if store.index.kind == "ctc" and job.config.objective.text_kd:
+        gate.must("target-coverage", where, lambda: check_texts(store, covered))
 
 
 def check_fingerprint(store: Store, job: Job) -> None:
@@ -297,18 +330,29 @@ def check_steps(store: Store, recordings: Sequence[Recording], tokenizer: Tokeni
             )
 
 
+def check_texts(store: Store, recordings: Sequence[Recording]) -> None:
+    """Raises when it is not on record what the teachers hear."""
+    unknown = sum(store.entry(recording.recording).text is None for recording in recordings)
+    if unknown:
+        raise TargetError(
+            f"{store.folder}: of {unknown} recordings the text that the teachers hear is not on record.",
+            "Make the targets anew ('xded targets'), or set objective.text_kd=0.",
+        )
+
+
 def _heard(what: str, recordings: Sequence[Recording]) -> Provenance:
     return Provenance(what, frozenset(r.speaker for r in recordings), frozenset(r.take for r in recordings))
 
 
 def check_spelling(job: Job, student: Student) -> None:
-    """Raises when a text has more tokens than CTC can write in the recording's frames (at the fastest tempo)."""
-    rate = job.config.features.sample_rate
-    shortest = 1.0 - job.config.augment.tempo
+    """Raises when a text has more tokens than CTC can write in the recording's frames (augmented to the shortest)."""
+    rate, augment = job.config.features.sample_rate, job.config.augment
+    shortest = [(r, shortest_s(r.duration, augment) * (1.0 - augment.tempo)) for r in job.train]
+    hastening = [f"augment.{key}" for key in ("tempo", "speed", "dysarthria") if getattr(augment, key)]
     problems = []
-    for recording, share in [*((r, shortest) for r in job.train), *((r, 1.0) for r in job.validation)]:
+    for recording, seconds in [*shortest, *((r, r.duration) for r in job.validation)]:
         needed = ctc_frames_needed(job.tokenizer.encode(recording.text))
-        frames = int(student.encoded_frames(torch.tensor(round(recording.duration * rate * share))))
+        frames = int(student.encoded_frames(torch.tensor(round(seconds * rate))))
         if needed > frames:
             problems.append(f"{recording.recording} ('{recording.text}': {needed} frames needed, {frames} there)")
     if problems:
@@ -319,5 +363,5 @@ def check_spelling(job: Job, student: Student) -> None:
             + ".",
             "Leave them out of the manifest, use a tokenizer with longer pieces (--set tokenizer.kind=bpe), "
             "or train without CTC (--ctc 0 --set decode.mode=decoder)"
-            + (", or without augment.tempo." if job.config.augment.tempo else "."),
+            + (f", or without {' and '.join(hastening)}." if hastening else "."),
         )

@@ -35,22 +35,25 @@ from xded.models.collective import leave
 from xded.models.recogniser import describe, provenance_of
 from xded.models.student import Student
 from xded.targets.store import Kind, Store
+from xded.training.auxiliary import Auxiliary
 from xded.training.checkpointing import AtomicCheckpointIO
-from xded.training.data import RunSampler, TrainingData, collate
+from xded.training.data import TrainingData, collate
 from xded.training.difficulty import begin_curriculum
 from xded.training.evaluation import batches, validate
+from xded.training.guide import auxiliary_of, open_guide
 from xded.training.job import Job
 from xded.training.launching import launch
 from xded.training.loggers import mirror_of, need_packages
 from xded.training.loop import STOPPED_AT_ONCE, CollapsedRunError, InterruptedRunError, Loop, StopOnSignal
 from xded.training.monitor import DataCard, unused_parts
+from xded.training.order import RunSampler
 from xded.training.preflight import LISTED, Gate, fits_normaliser, preflight
 from xded.training.processes import ALONE, Place, device_of, place_of, strategy_of
 from xded.training.schedule import Schedule
 from xded.training.status import NoLog, RunLog, close_for, read_status, write_atomically
 
 FINDINGS = "findings.json"
-PATHS = {"corpus", "targets", "train.init", "tokenizer.path", "model.pretrained"}
+PATHS = {"corpus", "targets", "train.init", "train.guide", "tokenizer.path", "model.pretrained"}
 # a run may go on somewhere else
 NOT_COMPARED = {"train.device", "train.devices", "train.nodes", "train.threads", "train.loggers"}
 
@@ -226,14 +229,36 @@ def open_log(
 def encode_once(student: Student, data: TrainingData, batch_size: int) -> list[torch.Tensor]:
     """Outputs of the (frozen) encoder for every recording, without augmentation: [T', D] each."""
     student.eval()
+    device = next(student.parameters()).device
     encoded: list[torch.Tensor] = [torch.empty(0)] * len(data)
     with torch.no_grad():
         for places, batch in batches(data.plain(), batch_size):
             assert batch.features is not None
-            outputs, lengths = student.encode(batch.features, batch.feature_lengths)
+            outputs, lengths = student.encode(batch.features.to(device), batch.feature_lengths.to(device))
             for row, place in enumerate(places):
-                encoded[place] = outputs[row, : int(lengths[row])].clone()
+                encoded[place] = outputs[row, : int(lengths[row])].to("cpu", copy=True)
     return encoded
+
+
+def served(job: Job, student: Student, stores: Mapping[Kind, Store]) -> TrainingData:
+    """Training recordings with what the objective reads of the targets."""
+    config, ctc = job.config, stores.get("ctc")
+    return TrainingData(
+        job.train, student.front_end, job.tokenizer,
+        augmentation=config.augment, seed=config.seed,
+        ctc_targets=ctc if config.objective.ctc_kd else None, text_targets=ctc if config.objective.text_kd else None,
+        decoder_targets=stores.get("decoder"), word_targets=stores.get("words"),
+        frame_rate_hz=student.frame_rate_hz, reduce=student.encoder.reduce,
+    )  # fmt: skip
+
+
+def learned_beside(job: Job, student: Student, data: TrainingData, device: torch.device) -> Auxiliary | None:
+    """Gives `data` the outputs of the guide, if there is one; returns what the loss learns beside the student."""
+    guide = open_guide(job, student)
+    if guide is not None:
+        heard = TrainingData(job.train, guide.student.front_end, job.tokenizer)
+        data.guide = encode_once(guide.student.to(device), heard, job.config.decode.batch_size)
+    return auxiliary_of(job, student, guide)
 
 
 def run(
@@ -255,12 +280,7 @@ def run(
             "Every stage freezes the encoder, but the run starts from scratch.",
             "Give --init, or a stage that trains it.",
         )
-    data = TrainingData(
-        job.train, student.front_end, job.tokenizer,
-        augmentation=config.augment, seed=config.seed,
-        ctc_targets=stores.get("ctc"), decoder_targets=stores.get("decoder"),
-        frame_rate_hz=student.frame_rate_hz, reduce=student.encoder.reduce,
-    )  # fmt: skip
+    data = served(job, student, stores)
     held_back = TrainingData(job.validation, student.front_end, job.tokenizer)
     corpus = read_corpus(config.corpus).recordings if place.first and config.corpus and config.corpus.exists() else ()
     schedule = Schedule.of(config.train, stages, -(-len(data) // config.train.batch_size))
@@ -284,6 +304,7 @@ def run(
         student, config, schedule, job.tokenizer, data, job.out,
         validate=partial(validate, data=held_back, config=config), watch=watch,
         extra={**describe(job.tokenizer, config, job.name, provenance), **difficulty},
+        auxiliary=learned_beside(job, student, data, device),
     )  # fmt: skip
     if checkpoint is not None:
         loop.restore(checkpoint)
@@ -312,10 +333,7 @@ def keep_findings(out: Path, said: Gate | Finding) -> None:
 def train_to_end(loop: Loop, device: torch.device, log: RunLog | NoLog, place: Place) -> None:
     """Lightning's `fit`; whatever ends it early is in the run folder's status before it is raised."""
     data, config = loop.data, loop.run_config
-    sampler = RunSampler(
-        data.lengths, config.train.batch_size, config.seed, loop.schedule.epochs, loop.first_batch,
-        rank=place.rank, count=place.count, curriculum=data.curriculum,
-    )  # fmt: skip
+    sampler = RunSampler(loop.order, loop.schedule.epochs, loop.first_batch, rank=place.rank, count=place.count)
     loader = DataLoader(data, batch_sampler=sampler, collate_fn=partial(collate, eos=loop.tokenizer.eos))
     # Ctrl-C comes to spawned processes as a SIGTERM
     signals = (signal.SIGTERM,) if place.meeting else (signal.SIGINT, signal.SIGTERM)
@@ -353,7 +371,7 @@ def make_trainer(config: Config, device: torch.device, stop: StopOnSignal, place
         logging.getLogger(f"lightning.{part}").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    some_frozen = config.train.freeze_layers or any(stage.freeze_encoder for stage in config.train.stages)
+    some_frozen = any(config.train.frozen_parts(stage) for stage in config.train.stages)
     strategy, plugins = strategy_of(place, device, bool(some_frozen or unused_parts(config.objective)))
     one = [device.index or 0] if device.type == "cuda" else 1
     return L.Trainer(

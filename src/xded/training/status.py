@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
+from xded.config import LOSS_PARTS
 from xded.errors import GO_ON, XdedError
 
 STATUS_EVERY_S = 5.0
@@ -80,9 +81,7 @@ def clock(seconds: float) -> str:
 
 def progress_line(row: dict[str, Any], speed: float, left_s: float) -> str:
     """One line of progress: epoch, share, loss and its parts, frames used, learning rate, speed, time left."""
-    parts = " ".join(
-        f"{name} {row[name]:.3f}" for name in ("ctc", "ctc_kd", "cross_entropy", "decoder_kd") if name in row
-    )
+    parts = " ".join(f"{name} {row[name]:.3f}" for name in LOSS_PARTS if name in row)
     share = 100.0 * row["update"] / row["updates"]
     return (
         f"epoch {row['epoch']}/{row['epochs']} {share:5.1f}% loss {row['loss']:.3f} ({parts}) "
