@@ -33,10 +33,12 @@ from xded.corpus.synthesiser import say
 from xded.corpus.vocoder import SAMPLE_RATE, write_flac
 from xded.models.student import Student
 from xded.targets.store import Entry, Index, Kind, Posterior, Store, StoreWriter
-from xded.teachers.posteriors import KINDS, aggregate
+from xded.teachers.aggregation import aggregate_all
+from xded.teachers.posteriors import KINDS
 from xded.tokenizer import Tokenizer
-from xded.training.data import RunSampler, TrainingData, collate
+from xded.training.data import TrainingData, collate
 from xded.training.loop import Loop, StopOnSignal
+from xded.training.order import RunSampler
 from xded.training.run import make_trainer
 from xded.training.schedule import Schedule
 
@@ -117,13 +119,12 @@ def megabytes(folder: Path) -> float:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
 
 
-def aggregate_all(posteriors: Path, names: Sequence[str], corpus: Corpus, out: Path) -> float:
+def measure_aggregation(posteriors: Path, names: Sequence[str], corpus: Corpus, out: Path) -> float:
     """Aggregates both kinds; CPU-seconds, reading the files included."""
+    pieces, folders = tokenizer(), {name: posteriors / name for name in names}
     begun_s = time.process_time()
     asked = dict.fromkeys(names, corpus.recordings)
-    for kind in KINDS:
-        stores = {name: Store(posteriors / name / kind) for name in names}
-        aggregate(kind, stores, asked, corpus.recordings, corpus, CONFIG, out)
+    aggregate_all(folders, asked, corpus.recordings, corpus, pieces, CONFIG, out)
     return time.process_time() - begun_s
 
 
@@ -152,7 +153,7 @@ def measure_training(targets: Path, folder: Path) -> dict[str, float]:
 
     with TemporaryDirectory() as out:
         loop = Loop(student, CONFIG, schedule, pieces, data, Path(out), validate=lambda _: {}, watch=watch, extra={})
-        sampler = RunSampler(data.lengths, CONFIG.train.batch_size, 0, EPOCHS)
+        sampler = RunSampler(loop.order, EPOCHS)
         loader = DataLoader(data, batch_sampler=sampler, collate_fn=partial(collate, eos=pieces.eos))
         make_trainer(CONFIG, torch.device("cpu"), StopOnSignal(loop.stop_requested)).fit(loop, loader)
     cpu_s, wall_s = np.median(np.diff(np.array(times[UNTIMED_UPDATES:]), axis=0), axis=0).tolist()
@@ -187,7 +188,7 @@ def report(folder: Path) -> None:
     rows = []
     for count in (FEW, len(TEACHERS)):
         out = folder / f"targets{count}"
-        cpu_s = aggregate_all(folder / "posteriors", TEACHERS[:count], corpus, out)
+        cpu_s = measure_aggregation(folder / "posteriors", TEACHERS[:count], corpus, out)
         size = sum(megabytes(folder / "posteriors" / name) for name in TEACHERS[:count])
         rows.append(f"| {count} | {size:.1f} | {megabytes(out):.1f} | {cpu_s:.0f} |")
         print(rows[-1], file=sys.stderr)

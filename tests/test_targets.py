@@ -16,9 +16,9 @@ from xded.corpus.manifest import Corpus, Recording
 from xded.errors import CorpusError
 from xded.models.checkpoints import sha256_of
 from xded.targets import store as stores
-from xded.targets.aggregate import combine, confidence, dense, top_k, weigh
+from xded.targets.aggregate import combine, dense, top_k
 from xded.targets.store import Entry, Index, Posterior, Store, StoreWriter, TargetError, read_index
-from xded.teachers.posteriors import partners_of
+from xded.teachers.aggregation import partners_of
 from xded.tokenizer import Tokenizer
 from xded.training.data import align_by_time
 from xded.training.job import Job
@@ -257,29 +257,6 @@ def test_one_teacher_or_equal_teachers_are_their_own_mean(how: Any) -> None:
     for teachers in (1, 3):
         mean = combine([said] * teachers, [1.0] * teachers, how, 20)
         np.testing.assert_allclose(mean, dense(said, 20), atol=1e-5)
-
-
-def entries(**log_probs: float) -> dict[str, Entry]:
-    return {t: Entry(recording="r", audio_sha256=HASH, steps=2, true_log_prob=p) for t, p in log_probs.items()}
-
-
-def test_weights() -> None:
-    known = entries(a=np.log(0.5), b=np.log(0.25), c=-100.0)
-    said = {"a": posterior(4, seed=1), "b": posterior(4, seed=2), "c": posterior(4, seed=3)}
-    bands = {"a": "low", "b": "high", "c": None}
-    assert weigh("uniform", known, said, bands, None) == {"a": 1.0, "b": 1.0, "c": 1.0}
-    reliability = weigh("reliability", known, said, bands, None)
-    assert (reliability["a"], reliability["b"]) == (pytest.approx(0.5), pytest.approx(0.25))
-    assert 0 < reliability["c"] < 1e-9
-    assert weigh("band", known, said, bands, "low") == {"a": 1.0, "b": pytest.approx(1 / 3), "c": pytest.approx(1 / 3)}
-    assert weigh("confidence", known, said, bands, None) == {t: pytest.approx(confidence(p)) for t, p in said.items()}
-
-
-def test_confidence_is_one_when_certain_and_zero_when_uniform() -> None:
-    certain = Posterior(np.array([[1, 2]]), np.array([[1.0, 0.0]]), np.zeros(1), np.zeros(1))
-    blank = Posterior(np.array([[1, 2]]), np.array([[1 / 3, 1 / 3]]), np.array([1 / 3]), np.zeros(1))
-    assert confidence(certain) == pytest.approx(1.0)
-    assert confidence(blank) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_effective_number_of_teachers() -> None:

@@ -23,7 +23,8 @@ from xded.targets.aggregate import combine, dense
 from xded.targets.store import Index, Store, TargetError, read_index
 from xded.teachers import crosstest
 from xded.teachers.adapt import Teachers, parts_of, teach
-from xded.teachers.posteriors import make_targets, posteriors_of
+from xded.teachers.aggregation import make_targets
+from xded.teachers.posteriors import posteriors_of
 from xded.tokenizer import Tokenizer
 from xded.training import run
 from xded.training.data import TrainingData, collate

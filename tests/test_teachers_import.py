@@ -36,9 +36,10 @@ from xded.models.checkpoints import sha256_of
 from xded.targets.aggregate import dense
 from xded.targets.store import Store, TargetError, read_index
 from xded.teachers.adapt import Teachers, parts_of
+from xded.teachers.aggregation import make_targets
 from xded.teachers.import_checks import scale_of
 from xded.teachers.imported import import_teachers
-from xded.teachers.posteriors import KINDS, make_targets
+from xded.teachers.posteriors import KINDS
 from xded.tokenizer import Tokenizer
 from xded.training.job import Job
 from xded.training.run import fit

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from xded.config import Aggregation, Weighting
-from xded.corpus.manifest import BANDS
-from xded.targets.store import Entry, Posterior
+from xded.config import Aggregation
+from xded.targets.store import Posterior
 
 LEAST = 1e-10
 
@@ -52,42 +51,3 @@ def combine(posteriors: Sequence[Posterior], weights: Sequence[float], how: Aggr
         return total / total.sum(1, keepdims=True)
     total = np.exp(total - total.max(1, keepdims=True))
     return total / total.sum(1, keepdims=True)
-
-
-def weigh(
-    how: Weighting,
-    entries: Mapping[str, Entry],
-    posteriors: Mapping[str, Posterior],
-    bands: Mapping[str, str | None],
-    band: str | None,
-) -> dict[str, float]:
-    """Weight of each teacher for one recording.
-
-    Args:
-        how: `uniform`; `reliability`: the probability a token that the teacher gives to the true text; `confidence`:
-            1 - entropy / log(entries kept + 1), mean over steps; `band`: 1 / (1 + distance in intelligibility bands).
-        entries, posteriors: by teacher; bands: band of each teacher's speaker; band: of the recording's speaker.
-    """
-    if how == "uniform":
-        return dict.fromkeys(entries, 1.0)
-    if how == "reliability":
-        raw = {t: float(np.exp(e.true_log_prob or 0.0)) for t, e in entries.items()}
-    elif how == "confidence":
-        raw = {t: confidence(p) for t, p in posteriors.items()}
-    else:
-        raw = {t: 1.0 / (1.0 + band_distance(bands.get(t), band)) for t in entries}
-    return {t: max(w, LEAST) for t, w in raw.items()}
-
-
-def confidence(posterior: Posterior) -> float:
-    """1 - normalised entropy, mean over steps: 1 is certain, 0 knows nothing."""
-    full = np.concatenate([posterior.probabilities, posterior.rest[:, None]], axis=1)
-    entropy = -(full * np.log(np.maximum(full, LEAST))).sum(1)
-    return float(1.0 - (entropy / np.log(full.shape[1])).mean())
-
-
-def band_distance(one: str | None, other: str | None) -> int:
-    """Steps between two intelligibility bands; unknown bands are taken as two apart."""
-    if one not in BANDS or other not in BANDS:
-        return 2
-    return abs(BANDS.index(one) - BANDS.index(other))

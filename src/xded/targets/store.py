@@ -1,6 +1,7 @@
 """Top-k posteriors on disk: safetensors shards and an index.json that says what they are and of which audio.
 
-One folder holds one kind (`ctc` frames or `decoder` steps) of one teacher, or the aggregate of several.
+One folder holds one kind (`ctc` frames, `decoder` steps, or `words`: one distribution over listed words for each
+recording) of one teacher, or the aggregate of several.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
-from xded.config import Aggregation
+from xded.config import Aggregation, Asked
 from xded.corpus.folds import Provenance
 from xded.corpus.manifest import Recording
 from xded.errors import XdedError
 from xded.models.checkpoints import sha256_of
 
-Kind = Literal["ctc", "decoder"]
+Kind = Literal["ctc", "decoder", "words"]
 RECORDINGS_PER_SHARD = 4_096
 FORMAT = 1
 
@@ -42,9 +43,10 @@ class Entry:
     __pydantic_config__ = ConfigDict(extra="forbid")
     recording: str
     audio_sha256: str
-    steps: int  # T frames or U + 1 token steps
-    weight: dict[str, float] = field(default_factory=dict)  # of each teacher, for an aggregate
-    true_log_prob: float | None = None  # of the true text, a token, for one teacher
+    steps: int  # T frames, U + 1 token steps, or 1 for a distribution over words
+    weight: dict[str, float] = field(default_factory=dict)  # of each teacher that has a say, for an aggregate
+    true_log_prob: float | None = None  # of the true text, a token (of the true word, for words), for one teacher
+    text: str | None = None  # greedy CTC text of one teacher, or what the aggregate spells; none where not on record
 
 
 class Index(BaseModel):
@@ -64,15 +66,35 @@ class Index(BaseModel):
     heard: str = "same_audio"
     aggregation: Aggregation | None = None
     weighting: str | None = None
+    asked: Asked = "all"
+    best: int | None = None
+    spelled_only: bool = False  # recordings whose aggregate does not spell their text have no target, on purpose
+    words: tuple[str, ...] = ()  # that ids stand for, with kind words
     provenance: tuple[Provenance, ...]  # what the teachers and their parent have heard
     recordings: tuple[Entry, ...] = ()
 
     @property
     def effective_teachers(self) -> float:
         """Mean over recordings of (sum w)^2 / sum w^2."""
-        rows = [list(e.weight.values()) for e in self.recordings if any(e.weight.values())]
-        numbers = [sum(row) ** 2 / sum(w * w for w in row) for row in rows]
-        return float(np.mean(numbers)) if numbers else 1.0
+        return _effective(self.recordings)
+
+    def effective_by(self, group_of: Mapping[str, str]) -> dict[str, float]:
+        """`effective_teachers` of each group of recordings (bands, speakers); recordings without a group are left out.
+
+        Args:
+            group_of: recording -> its group.
+        """
+        groups: dict[str, list[Entry]] = {}
+        for entry in self.recordings:
+            if entry.recording in group_of:
+                groups.setdefault(group_of[entry.recording], []).append(entry)
+        return {group: _effective(entries) for group, entries in sorted(groups.items())}
+
+
+def _effective(entries: Iterable[Entry]) -> float:
+    rows = [list(e.weight.values()) for e in entries if any(e.weight.values())]
+    numbers = [sum(row) ** 2 / sum(w * w for w in row) for row in rows]
+    return float(np.mean(numbers)) if numbers else 1.0
 
 
 @dataclass
@@ -174,6 +196,7 @@ class Store:
         self._loaded: dict[int, Mapping[str, np.ndarray]] = {}
 
     def __contains__(self, recording: str) -> bool:
+        """Whether there is a target; with `index.spelled_only` a recording without one learns from its text alone."""
         return recording in self._place
 
     def entry(self, recording: str) -> Entry:
