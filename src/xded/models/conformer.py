@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from xded.config import ModelConfig
 from xded.features import valid_mask
 from xded.models import collective
+from xded.models.style import mix_style, whiten
 
 
 class RecordingDropout(nn.Module):
@@ -225,11 +226,16 @@ class ConformerLayer(nn.Module):
 
 
 class Conformer(nn.Module):
-    """The encoder: features [B, T, mels] to encoded frames [B, T/4, D]."""
+    """The encoder: features [B, T, mels] to encoded frames [B, T/4, D].
+
+    `mixing` is the share of batches in training whose recordings mix the statistics of the first layer's outputs.
+    """
+
+    mixing = 0.0
 
     def __init__(self, config: ModelConfig, mels: int) -> None:
         super().__init__()
-        self.width = config.width
+        self.width, self.whitened = config.width, config.whiten_layers
         self.subsampling = Subsampling(mels, config.subsampling_channels, config.width)
         self.dropout = RecordingDropout(config.dropout)
         self.layers = nn.ModuleList(ConformerLayer(config) for _ in range(config.encoder_layers))
@@ -253,6 +259,10 @@ class Conformer(nn.Module):
         mask = valid_mask(lengths, hidden.shape[1])
         positions = relative_positions(hidden.shape[1], self.width, hidden.device).to(hidden.dtype)
         hidden = self.dropout(hidden * math.sqrt(self.width))
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
             hidden = layer(hidden, positions, mask)
+            if number == 0 and self.training and self.mixing and float(torch.rand(())) < self.mixing:
+                hidden = mix_style(hidden, mask)
+            if number < self.whitened:
+                hidden = whiten(hidden, mask)
         return hidden, lengths
