@@ -1,4 +1,7 @@
-"""Augmentation of log-mel features: SpecAugment masks, mel warps, noise, and (without CTC targets) tempo."""
+"""Augmentation of log-mel features: SpecAugment masks, mel warps, noise, and (without CTC targets) tempo.
+
+They are drawn anew whenever a recording is served, on top of a version of its audio (`augment_audio`).
+"""
 
 from __future__ import annotations
 
