@@ -1,0 +1,1 @@
+"""What a few recordings of a new speaker are worth."""
