@@ -91,13 +91,12 @@ def opening(folder: Path, _: float) -> Callable[[], object]:
 def sampling(folder: Path, _: float) -> Callable[[], object]:
     """All batches of an epoch."""
     from xded.corpus.manifest import read_corpus
-    from xded.training.data import RunSampler, batches_of_epoch
+    from xded.training.order import Order, RunSampler
 
-    lengths = [round(1000 * recording.duration) for recording in read_corpus(folder).recordings]
+    lengths = tuple(round(1000 * recording.duration) for recording in read_corpus(folder).recordings)
 
     def work() -> None:
-        batches_of_epoch.cache_clear()
-        for _ in RunSampler(lengths, 8, 0, 1):
+        for _ in RunSampler(Order(lengths, 8, 0), 1):
             pass
 
     return work
@@ -107,7 +106,7 @@ def planning(folder: Path, _: float) -> Callable[[], object]:
     """A study of two folds, three seeds and three attempts, with all teachers."""
     from xded.corpus.manifest import read_corpus
     from xded.study.plan import build
-    from xded.study.steps import Planner
+    from xded.study.planner import Planner
 
     corpus = read_corpus(folder)
     settings = {
@@ -152,17 +151,14 @@ def aggregating(folder: Path, _: float) -> Callable[[], object]:
     """The mean of two teachers' CTC posteriors, read and written."""
     from xded.config import build
     from xded.corpus.manifest import read_corpus
-    from xded.targets.store import Store
-    from xded.teachers.posteriors import aggregate
+    from xded.teachers.aggregation import aggregate_all
+    from xded.tokenizer import Tokenizer
 
     corpus, config = read_corpus(folder), build({}, "the benchmark")
     asked = dict.fromkeys(TEACHERS, corpus.recordings)
-
-    def work() -> None:
-        stores = {name: Store(folder / "posteriors" / name / "ctc") for name in TEACHERS}
-        aggregate("ctc", stores, asked, corpus.recordings, corpus, config, folder / "targets")
-
-    return work
+    folders = {name: folder / "posteriors" / name for name in TEACHERS}
+    pieces = Tokenizer.train(["ABCDEFGHIJKLMNOPQRSTUVWXYZ"], "char", PIECES, "upper")  # reads some of the made-up ids
+    return lambda: aggregate_all(folders, asked, corpus.recordings, corpus, pieces, config, folder / "targets")
 
 
 def make_student(vocabulary: int) -> tuple[Any, Any, Any]:
@@ -185,7 +181,8 @@ def stepping(_: Path, vocabulary: float) -> Callable[[], object]:
     import torch
 
     from xded.training.data import Batch
-    from xded.training.loop import loss_parts, parameter_groups, weighted_sum
+    from xded.training.loop import parameter_groups
+    from xded.training.losses import loss_parts, weighted_sum
 
     student, config, tokenizer = make_student(int(vocabulary))
     optimiser = torch.optim.AdamW(parameter_groups(student, 0.01), lr=1e-4, fused=True)

@@ -23,7 +23,7 @@ from xded.config import Config, load, to_yaml
 ROOT = Path(__file__).resolve().parents[1]
 VERBS = (
     *("demo", "corpus", "teach", "crosstest", "import-teachers", "targets", "train", "evaluate", "transcribe"),
-    *("export", "tokenizer"),
+    *("adapt", "average", "export", "tokenizer"),
     *("study", "doctor", "inspect", "report", "status"),
 )
 OF_OTHER_TOOLS = {

@@ -32,6 +32,14 @@ def test_built_in_studies_are_valid_and_debug_asks_what_it_is_to_ask() -> None:
     assert words[0] == "training works"
     assert words == [words[0], "training works in part", words[1], "mixed", "training is broken", words[4]]
     assert studies["loso"].held_out == "all"
+    large = studies["small-from-large"]
+    assert {large.config_of(name).teach.size for name in large.attempts} == {"tiny"}
+    assert {(a.controls, a.start) for a in large.attempts.values()} == {(True, "scratch")}
+    assert {a.controls for a in studies["from-parent"].attempts.values()} == {True}
+    recovered = studies["withheld"].hypotheses["at least half is recovered"]
+    assert (recovered.between, recovered.above) == (("without", "with all"), 0.5)
+    shared = {name: attempt.recordings for name, attempt in studies["withheld"].attempts.items()}
+    assert shared == {"without": "shared", "distilled": "shared", "with all": "all"}
     with pytest.raises(StudyError, match="no built-in study 'dbug'"):
         built_in("dbug")
 
@@ -65,6 +73,10 @@ def test_new_writes_a_file_that_loads_and_never_overwrites(tmp_path: Path) -> No
         ({"hypotheses": {"h": {"attempt": "a", "above": 100}}}, r"nothing can decide it: WRA lies between 0 and 100"),
         ({"hypotheses": {"h": {"attempt": "a", "below": 0}}}, r"nothing can decide it: WRA"),
         ({"hypotheses": {"h": {"attempt": "a", "minus": "b", "below": -100}}}, r"nothing can decide it: gaps"),
+        ({"hypotheses": {"h": {"attempt": "a", "minus": "b", "between": ["b", "c"], "above": 1}}}, r"minus or between"),
+        ({"hypotheses": {"h": {"attempt": "a", "between": ["b", "a"], "above": 1}}}, r"neither is the attempt itself"),
+        ({"hypotheses": {"h": {"attempt": "a", "between": ["b", "b"], "above": 1}}}, r"between names two attempts"),
+        ({"hypotheses": {"h": {"attempt": "a", "between": ["b", "c"], "above": 1}}}, r"'h' is about attempt 'c'"),
         ({"hypotheses": {"evaluation": {"attempt": "a", "above": 5}}}, r"cannot be called 'evaluation'"),
         ({"ladder": {"attempt": "x", "rungs": [{"above": 0, "says": "y"}]}}, r"the ladder is about attempt 'x'"),
         ({"next": [{"when": {"h": "supported"}, "do": "x"}]}, r"next asks for the hypothesis 'h'"),

@@ -25,7 +25,7 @@ from xded.findings import Finding
 from xded.models.checkpoints import sha256_of
 from xded.report.study_tables import tables_of
 from xded.scoring import read_predictions
-from xded.study import pieces, steps
+from xded.study import pieces, planner
 from xded.study import run as study_run
 from xded.study.folder import STATE, locked
 from xded.study.plan import Study, StudyError
@@ -147,7 +147,7 @@ def test_a_piece_is_begun_only_when_one_of_its_kind_is_known_to_fit(
 
 def test_time_left_is_what_is_known_of_each_kind_over_the_workers(corpus: Corpus, tmp_path: Path) -> None:
     study = tiny_study(corpus, {"a": {}, "b": {"set": {"augment.noise": 0.0}}}, held_out=["t1", "t2"])
-    work = steps.Planner(study, corpus, tmp_path).plan()
+    work = planner.Planner(study, corpus, tmp_path).plan()
     watcher = study_run._Watcher(study, work, tmp_path, print, 2)
     progress = study_run.Progress(dict.fromkeys((s.key for s in work.steps), "waiting"))
     assert watcher.left_s(progress) is None
@@ -158,7 +158,7 @@ def test_time_left_is_what_is_known_of_each_kind_over_the_workers(corpus: Corpus
 
 def test_time_left_is_unknown_until_every_kind_of_training_is_known(corpus: Corpus, tmp_path: Path) -> None:
     study = tiny_study(corpus, {"a": {"start": "parent"}, "b": CTC_KD}, held_out=["t1"])
-    work = steps.Planner(study, corpus, tmp_path).plan()
+    work = planner.Planner(study, corpus, tmp_path).plan()
     watcher = study_run._Watcher(study, work, tmp_path, print, 1)
     progress = study_run.Progress(dict.fromkeys((s.key for s in work.steps), "waiting"))
     of_kind = {kind: [s for s in work.steps if s.kind == kind] for kind in ("parent", "teacher", "attempt")}
@@ -341,4 +341,4 @@ def test_a_pretrained_encoder_starts_every_attempt_and_is_a_baseline_by_itself(c
         corpus, {"plain": {}}, held_out=["t1"], baselines=True,
         config=CONFIG | {"model": {"pretrained": str(moved), "size": None, "decoder_layers": 1}},
     )  # fmt: skip
-    assert {step.key for step in steps.Planner(again, corpus, tmp_path / "study").plan().steps} == keys
+    assert {step.key for step in planner.Planner(again, corpus, tmp_path / "study").plan().steps} == keys

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,17 @@ from xded.findings import Finding
 from xded.scoring import Estimate, Prediction
 from xded.study.outcome import SNAPPED, Result, derived, snapped
 from xded.study.plan import Hypothesis, Study, build
-from xded.study.verdict import Answer, answer_all, compare_all, holm, judgeable, judged, needed, next_step
+from xded.study.verdict import (
+    Answer,
+    answer_all,
+    by_band,
+    compare_all,
+    holm,
+    judgeable,
+    judged,
+    needed,
+    next_step,
+)
 
 WORDS = ("yes", "no")
 OPEN = "open"
@@ -103,7 +114,7 @@ def test_the_named_number_of_takes_makes_half_of_the_intervals_decide(takes: int
     rows = predictions([1] * right + [0] * (takes - right))
     hypothesis = Hypothesis(attempt="a", above=50)
     value = Estimate(100 * right / takes, None, None)
-    more, _ = needed(value, hypothesis, rows, None, "upper")
+    more, _ = needed(value, hypothesis, [rows], "upper")
     assert more is not None
     random = np.random.default_rng(0)
     decided = []
@@ -131,8 +142,7 @@ def test_the_named_number_of_seeds_makes_half_of_the_intervals_decide() -> None:
         _, more = needed(
             Estimate(value, None, None),
             Hypothesis(attempt="a", above=50),
-            predictions(right, seeds=seeds),
-            None,
+            [predictions(right, seeds=seeds)],
             "upper",
         )
         named.append(more)
@@ -146,8 +156,8 @@ def test_microphones_are_no_takes_and_no_seeds() -> None:
     hypothesis = Hypothesis(attempt="a", above=50)
     right = [1] * 26 + [0] * 14
     value = Estimate(65.0, None, None)
-    one = needed(value, hypothesis, predictions(right, seeds=2), None, "upper")
-    assert needed(value, hypothesis, predictions(right, seeds=2, mics=7), None, "upper") == one
+    one = needed(value, hypothesis, [predictions(right, seeds=2)], "upper")
+    assert needed(value, hypothesis, [predictions(right, seeds=2, mics=7)], "upper") == one
 
 
 def test_a_gap_counts_takes_that_both_were_tested_on() -> None:
@@ -162,11 +172,95 @@ def test_a_gap_counts_takes_that_both_were_tested_on() -> None:
     assert (found.verdict, found.because) == ("undecided", "The two attempts share no test take.")
 
 
+THREE = {"attempts": {"a": {}, "b": {}, "c": {}}}
+
+
+def of_three(*right: Sequence[float], threshold: dict[str, float], seeds: int = 1) -> Answer:
+    """a, between b and c."""
+    rows = [result(name, predictions(shares, seeds=seeds)) for name, shares in zip("abc", right, strict=True)]
+    return answer({"attempt": "a", "between": ["b", "c"], **threshold}, *rows, **THREE)
+
+
+def test_a_share_of_a_gap_is_what_an_attempt_makes_up_of_it() -> None:
+    low, mid, high = [1] * 20 + [0] * 80, [1] * 65 + [0] * 35, [1] * 80 + [0] * 20
+    found = of_three(mid, low, high, threshold={"above": 0.5})
+    assert found.wra_percent is not None
+    assert found.wra_percent.value == pytest.approx(100 * 45 / 60)
+    assert (found.verdict, found.takes) == ("supported", 100)
+    assert found.because.startswith("Of the way from 'b' to 'c', what 'a' makes is 75.0 [")
+    assert found.because.endswith("asked: above 50.")
+    assert of_three(mid, low, high, threshold={"above": 0.9}).verdict == "rejected"
+    assert of_three(mid, low, high, threshold={"below": 0.9}).verdict == "supported"
+    undecided = of_three(mid, low, high, threshold={"above": 0.7})
+    assert undecided.verdict == "undecided"
+    assert undecided.more_takes is not None
+    assert undecided.more_takes > 100
+
+
+def test_the_interval_of_a_share_is_paired() -> None:
+    """Takes that all three recognise, or none of them, tell nothing of the share."""
+    random = np.random.default_rng(0)
+    blocks = random.integers(0, 2, 60)
+    low, mid, high = [], [], []
+    for easy in blocks:
+        low += [easy] * 4 + [0, 0, 0, 0]
+        mid += [easy] * 4 + [1, 1, 1, 0]
+        high += [easy] * 4 + [1, 1, 1, 1]
+    found = of_three(mid, low, high, threshold={"above": 0.5}).wra_percent
+    assert found is not None
+    assert found.low is not None
+    assert found.high is not None
+    unpaired = 100 * np.sqrt(3 * 0.25 / 480) / 0.5  # of three independent WRA
+    paired = 100 * np.sqrt(0.75 * 0.25 / 240)  # of one share of 240 takes
+    assert found.high - found.low == pytest.approx(2 * 1.96 * paired, rel=0.15)
+    assert found.high - found.low < 2 * 1.96 * unpaired
+
+
+def test_without_a_sure_gap_there_is_no_share_of_it() -> None:
+    same = [1] * 20 + [0] * 20
+    found = of_three(same, same, [1] * 21 + [0] * 19, threshold={"above": 0.5})
+    assert (found.verdict, found.wra_percent) == ("undecided", None)
+    assert "'c' is 2.5 [" in found.because
+    assert "no gap that is sure" in found.because
+    assert of_three(same, [1] * 30 + [0] * 10, same, threshold={"above": 0.5}).wra_percent is None  # upside down
+    missing = answer({"attempt": "a", "between": ["b", "c"], "above": 0.5}, result("a", predictions(same)), **THREE)
+    assert missing.because == "Attempt 'b' has no results."
+
+
+@pytest.mark.parametrize(("takes", "right"), [(40, (10, 26, 34))])
+def test_the_named_number_of_takes_for_a_share_makes_half_of_the_intervals_decide(
+    takes: int, right: tuple[int, int, int]
+) -> None:
+    low, mid, high = ([1] * count + [0] * (takes - count) for count in right)
+    found = of_three(mid, low, high, threshold={"above": 0.5})
+    assert (found.verdict, found.wra_percent and round(found.wra_percent.value)) == ("undecided", 67)
+    assert found.more_takes is not None
+    random, decided = np.random.default_rng(0), 0
+    for _ in range(60):
+        drawn = random.integers(0, takes, takes + found.more_takes)
+        rows = [[of[place] for place in drawn] for of in (mid, low, high)]
+        decided += of_three(*rows, threshold={"above": 0.5}).verdict != "undecided"
+    assert 18 < decided < 42
+
+
+def test_bands_are_compared_apart_and_paired() -> None:
+    def banded(right: Sequence[float], band: str, prefix: str) -> list[Prediction]:
+        return [replace(p, band=band) for p in predictions(right, prefix=prefix)]
+
+    study = study_of({"h": {"attempt": "a", "minus": "b", "above": 0}, "alone": {"attempt": "a", "above": 5}})
+    a = result("a", banded([1] * 6, "very_low", "v") + banded([1, 0] * 5, "high", "h"))
+    b = result("b", banded([1] * 2 + [0] * 4, "very_low", "v") + banded([0, 1] * 5, "high", "h"))
+    found = by_band(study, [a, b, result("b", predictions([0] * 6), "imported")], WORDS)
+    assert list(found) == ["h"]
+    values = {band: [(other, c.difference_points.value, c.takes) for other, c in of] for band, of in found["h"].items()}
+    assert values == {"very_low": [("b", pytest.approx(100 * 4 / 6), 6)], "high": [("b", 0.0, 10)]}
+
+
 def test_variance_of_a_gap_is_that_of_the_paired_differences() -> None:
     """Takes that are hard for both say nothing about the gap: far fewer are needed than for either WRA."""
     hard = [1] * 15 + [0] * 15
     a, b = predictions(hard), predictions([1] * 12 + [0] * 18)
-    more, seeds = needed(Estimate(10.0, None, None), Hypothesis(attempt="a", minus="b", above=0), a, b, "upper")
+    more, seeds = needed(Estimate(10.0, None, None), Hypothesis(attempt="a", minus="b", above=0), [a, b], "upper")
     differences = np.array([0] * 12 + [100] * 3 + [0] * 15)
     assert more == max(1, int(np.ceil(differences.var(ddof=1) / (10 / 1.96) ** 2)) - 30)
     assert seeds is None

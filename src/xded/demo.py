@@ -19,9 +19,9 @@ from xded.models.recogniser import load_recogniser
 from xded.parallel import run_all
 from xded.scoring import Prediction, read_predictions, write_predictions
 from xded.study.plan import BEST_TEACHER, ORACLE, VOTE, stages_for
-from xded.teachers.adapt import Teachers, parts_of, teach
+from xded.teachers.adapt import Teachers, parts_of, same_shape, taught_model, teach
+from xded.teachers.aggregation import make_targets
 from xded.teachers.crosstest import ask_all, best_by_speaker, oracle, vote
-from xded.teachers.posteriors import make_targets
 from xded.tokenizer import Tokenizer
 from xded.training.data import TrainingData
 from xded.training.evaluation import recognise, share_seen
@@ -89,6 +89,16 @@ def folds_of(corpus: Corpus, size: int) -> list[tuple[str, ...]]:
     return [tuple(targets[start::count]) for start in range(count)]
 
 
+def require_starts(config: Config, plan: Plan) -> None:
+    """Raises when an attempt cannot start from the parent, which is of another size."""
+    begun = [name for name in plan.attempts if name.endswith("from the parent")]
+    if begun and not same_shape(taught_model(config), config.model):
+        raise ConfigError(
+            f"'{begun[0]}' cannot start from a parent of another size ({config.teach.size}, teach.size).",
+            f"Name the others: {' '.join(f'--attempt {name!r}' for name in ATTEMPTS if name not in begun)}.",
+        )
+
+
 def with_held_out(config: Config, held_out: Sequence[str], *, controls: bool = True) -> Config:
     """The config of a fold."""
     fold = config.fold.model_copy(update={"held_out": tuple(held_out), "controls": controls})
@@ -101,7 +111,8 @@ def attempt_config(system: str, config: Config, parts: Split, plan: Plan, parent
     if not system.startswith("student"):
         objective = objective.supervised
     init = (parent / "best.pt").resolve() if system.endswith("from the parent") else None
-    train = config.train.model_copy(update={"init": init})
+    guide = (parent / "best.pt").resolve() if objective.feature_kd else None
+    train = config.train.model_copy(update={"init": init, "guide": guide})
     begun = config.model_copy(update={"train": train})
     train = train.model_copy(update={"stages": begun.stages_run})
     scaled = stages_for(plan.updates, len(parts.train), begun.model_copy(update={"train": train}))
@@ -236,11 +247,12 @@ def run(
         out: folder for everything; say: takes progress lines.
     """
     folds = folds_of(corpus, plan.fold_size)
+    require_starts(config, plan)
     seconds: dict[str, float] = {}
     begun = time.monotonic()
     shared = None
-    # a parent that has heard no target speaker, and its teachers, serve all folds
-    if config.teach.parent_on == "controls":
+    # a parent that has heard no target speaker, and its teachers, serve all folds, unless they rehearse other speakers
+    if config.teach.parent_on == "controls" and not config.teach.rehearsal:
         say(f"parent, then {sum(len(fold) for fold in folds)} teachers ...")
         shared = teach(corpus, with_held_out(config, ()), out / "teachers", jobs=plan.jobs, quiet=True)
         seconds["parent and teachers"] = time.monotonic() - begun

@@ -10,6 +10,8 @@ from typing import NoReturn
 
 import typer
 
+import xded.cli.adapt as adapt
+import xded.cli.average as average
 import xded.cli.corpus as corpus
 import xded.cli.crosstest as crosstest
 import xded.cli.demo as demo
@@ -77,7 +79,9 @@ _add("import-teachers", import_teachers.__doc__, import_teachers.import_teachers
 _add("targets", targets.__doc__, targets.targets)
 _add("train", train.__doc__, train.train)
 _add("evaluate", evaluate.__doc__, evaluate.evaluate)
+_add("adapt", adapt.__doc__, adapt.adapt)
 _add("transcribe", transcribe.__doc__, transcribe.transcribe)
+_add("average", average.__doc__, average.average)
 _add("export", export.__doc__, export.export)
 _add("tokenizer", tokenizer.__doc__, tokenizer.tokenizer)
 app.add_typer(study.app, name="study", short_help="Run a question as declared, and answer it with intervals.")

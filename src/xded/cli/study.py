@@ -26,7 +26,7 @@ app = typer.Typer(
 
 @app.command()
 def new(
-    name: Annotated[str, typer.Argument(help="debug or loso.")],
+    name: Annotated[str, typer.Argument(help="debug, loso, small-from-large, from-parent or withheld.")],
     output: Annotated[Path | None, typer.Option("--output", help="File to write (default: NAME.yaml).")] = None,
 ) -> None:
     """Write a commented study file.
@@ -45,7 +45,10 @@ def new(
 
 @app.command()
 def run(
-    study: Annotated[str, typer.Argument(help="Study file, or a built-in study: debug, loso.")],
+    study: Annotated[
+        str,
+        typer.Argument(help="Study file, or a built-in study: debug, loso, small-from-large, from-parent, withheld."),
+    ],
     out: Annotated[Path | None, typer.Option("--out", help="Folder (default: work/studies/NAME).")] = None,
     corpus: Annotated[Path | None, typer.Option("--corpus", help="Corpus in place of the file's.")] = None,
     held_out: Annotated[

@@ -142,7 +142,7 @@ def run(tree: Config, out: Path | None, resume: bool, quiet: bool, force: frozen
     place = place_of(tree.train)
     first = place is None or place.first  # of several processes that torchrun or srun has started
     tokenizer = _tokenizer(corpus, parts, tree, out, first)
-    name = "student" if tree.objective.ctc_kd or tree.objective.decoder_kd else "supervised"
+    name = "student" if tree.objective != tree.objective.supervised else "supervised"
     job = Job(name, tree, parts.train, parts.validation, fold, frozenset(r.take for r in parts.test), tokenizer, out)
     job.force = force
     best = fit(job, resume=resume, quiet=quiet)

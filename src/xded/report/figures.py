@@ -53,7 +53,18 @@ CAPTIONS = {
     "Validation": "Few distinct outputs or many empty ones while the loss falls: the model says the same for everyone. "
     "Steps right given the true text, but no WRA: the decoder needs the true text to go on.",
 }
-PART_NAMES = {"ctc": "CTC", "ctc_kd": "CTC-KD", "cross_entropy": "cross-entropy", "decoder_kd": "decoder-KD"}
+PART_NAMES = {
+    "ctc": "CTC",
+    "ctc_kd": "CTC-KD",
+    "cross_entropy": "cross-entropy",
+    "decoder_kd": "decoder-KD",
+    "word_kd": "word-KD",
+    "text_kd": "text-KD",
+    "feature_kd": "feature-KD",
+    "consistency": "consistency",
+    "word_consistency": "consistency of words",
+    "adversary": "adversary",
+}
 
 
 @dataclass(frozen=True)
@@ -265,7 +276,7 @@ def loss_picture(curves: Curves, weights: dict[str, float]) -> Picture:
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for place, (label, values) in enumerate(lines.items()):
-            _line(axes, curves.update, values, label, COLOURS[-1 if place == 0 else place - 1])
+            _line(axes, curves.update, values, label, COLOURS[-1 if place == 0 else (place - 1) % (len(COLOURS) - 1)])
         if "val_loss" in curves.validated and "update" in curves.validated:
             ends = curves.validated["update"]
             axes.plot(ends, curves.validated["val_loss"], "D", ms=4, color=GREY, label="validation (true text)")

@@ -12,7 +12,7 @@ from xded.doctor.inspection import Curves, Inspected, curves_of
 from xded.doctor.run_folder import RunFolder
 from xded.errors import ScoringError
 from xded.findings import CHECKS, SEVERITIES
-from xded.report.figures import Picture, run_pictures
+from xded.report.figures import PART_NAMES, Picture, run_pictures
 from xded.report.pages import Grid, page
 from xded.scoring import Scores
 from xded.training.status import now, write_atomically
@@ -24,10 +24,7 @@ FACTS = (
     *("started", "updated"),
 )
 CURVE_NAMES = {
-    "ctc": "CTC",
-    "ctc_kd": "CTC-KD",
-    "cross_entropy": "cross-entropy",
-    "decoder_kd": "decoder-KD",
+    **PART_NAMES,
     "lr": "learning rate",
     "gradient_norm": "gradient norm before clipping",
     "val_loss": "validation loss",

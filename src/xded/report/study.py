@@ -14,7 +14,7 @@ from rich.console import Console
 from xded.doctor.examine import examine_all
 from xded.findings import Finding
 from xded.report.study_page import JOULES_A_WH, write_study_page
-from xded.report.study_tables import StudyTables, answers_table, claims_table, tables_of
+from xded.report.study_tables import StudyTables, answers_table, claims_table, gains_by_band, tables_of
 from xded.report.tables import Table
 from xded.study.engine import Progress
 from xded.study.pieces import DECODES
@@ -89,9 +89,16 @@ class StudyReport:
     def all_tables(self) -> list[Table]:
         """In the order of reading."""
         tables = [answers_table(self.answers)] if self.answers else []
+        tables += [gains] if (gains := self.gains) else []
         for of_mode in self.tables:
-            tables += [t for t in (of_mode.main, of_mode.bands, of_mode.gaps, of_mode.paired) if t is not None]
+            of = (of_mode.main, of_mode.teachers, of_mode.bands, of_mode.gaps, of_mode.paired)
+            tables += [t for t in of if t is not None]
         return [*tables, self.claims] if self.claims else tables
+
+    @property
+    def gains(self) -> Table | None:
+        """What the hypotheses are about, by band."""
+        return gains_by_band(self.outcome.study, self.outcome.results, self.outcome.corpus.texts)
 
     def text(self) -> str:
         """For the terminal."""

@@ -62,7 +62,7 @@ COLOUR_OF: Mapping[DecodeName, str] = {"open": ONE, "word list": TWO}
 Bars = Mapping[DecodeName, Mapping[str, Estimate]]
 
 
-def _drawing(
+def drawn(
     name: str, title: str, text: str, caption: str, size: tuple[float, float], draw: Callable[[Figure], None]
 ) -> Drawing:
     """Draws within the page's style."""
@@ -130,7 +130,7 @@ def answers_drawing(answers: Sequence[Answer], hypotheses: Mapping[str, Hypothes
     shown = [a for a in answers if a.wra_percent is not None]
     if not shown:
         return None
-    thresholds = [_threshold(hypotheses[a.hypothesis]) for a in shown]
+    thresholds = [hypotheses[a.hypothesis].threshold for a in shown]
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -156,13 +156,7 @@ def answers_drawing(answers: Sequence[Answer], hypotheses: Mapping[str, Hypothes
         f"{a.hypothesis}: {a.wra_percent}, threshold {t:g}, {a.verdict}" for a, t in zip(shown, thresholds, strict=True)
     )
     caption = "Dot and line: value and 95 % interval. Dotted bar: the threshold. A line that crosses it: undecided."
-    return _drawing("answers", "Hypotheses", f"Hypotheses. {text}.", caption, (WIDTH_IN, 0.75 + 0.6 * len(shown)), draw)
-
-
-def _threshold(hypothesis: Hypothesis) -> float:
-    threshold = hypothesis.above if hypothesis.above is not None else hypothesis.below
-    assert threshold is not None
-    return threshold
+    return drawn("answers", "Hypotheses", f"Hypotheses. {text}.", caption, (WIDTH_IN, 0.75 + 0.6 * len(shown)), draw)
 
 
 def _interval(axes: Axes, value: Estimate, place: float, colour: str, size: float) -> None:
@@ -204,7 +198,7 @@ def learning_drawing(learning: Learning, name: str) -> Drawing:
                 if stages else "one stage")  # fmt: skip
     said += [_range("mean loss", losses, ""), _range("mean validation WRA", scored, " %")]
     title = learning.attempt
-    return _drawing(name, title, f"Learning curves of '{title}': {'; '.join(said)}.", "", (WIDTH_IN, 3.4), draw)
+    return drawn(name, title, f"Learning curves of '{title}': {'; '.join(said)}.", "", (WIDTH_IN, 3.4), draw)
 
 
 def _runs_in_words(learning: Learning) -> str:
@@ -291,7 +285,7 @@ def bars_drawing(name: str, title: str, what: str, bars: Bars) -> Drawing:
         f"{row}: " + ", ".join(f"{of[row]} % ({decode})" for decode, of in bars.items() if row in of) for row in rows
     )
     text = f"WRA of {title} by {what}. {said}."
-    return _drawing(name, title, text, "", (WIDTH_IN, 0.65 + ROW_IN * len(rows) * (0.5 + 0.25 * len(bars))), draw)
+    return drawn(name, title, text, "", (WIDTH_IN, 0.65 + ROW_IN * len(rows) * (0.5 + 0.25 * len(bars))), draw)
 
 
 def _broken_line(axes: Axes, pieces: Sequence[tuple[Any, Any]], **style: Any) -> None:
@@ -326,7 +320,7 @@ def attention_drawing(attempt: str, heard: Inspected, name: str) -> Drawing:
 
     said = f"CTC output: {heard.ctc_text or '(nothing)'}. Decoder output: {heard.decoder_text or '(nothing)'}."
     text = f"Cross-attention of '{attempt}' for {called(heard)}. {attention_words(attention)}"
-    return _drawing(name, attempt, text, said, (WIDTH_IN, 0.9 + 1.0 + layers * (panel_in + 0.3)), draw)
+    return drawn(name, attempt, text, said, (WIDTH_IN, 0.9 + 1.0 + layers * (panel_in + 0.3)), draw)
 
 
 def spectrogram_drawing(bad: Bad, config: FeatureConfig, name: str) -> Drawing:
@@ -345,7 +339,7 @@ def spectrogram_drawing(bad: Bad, config: FeatureConfig, name: str) -> Drawing:
         f"Log-mel spectrogram of {recording.recording}, '{recording.text}', {recording.duration:.2f} s; loudest at "
         f"{float(loud.argmax()) * config.hop_s:.2f} s."
     )
-    return _drawing(name, "Log-mel spectrogram", text, "", (WIDTH_IN, 1.8), draw)
+    return drawn(name, "Log-mel spectrogram", text, "", (WIDTH_IN, 1.8), draw)
 
 
 def _raw_images(grid: Iterable[Axes]) -> None:

@@ -171,7 +171,7 @@ def _value(text: str) -> str:
 def _grids(report: StudyReport, path: Path) -> list[Grid]:
     """All tables but the paired comparisons; in the first ones every number leads to its run."""
     tables = report.tables
-    kinds = ([report.claims], [t.gaps for t in tables], [t.bands for t in tables])
+    kinds = ([report.gains], [report.claims], *([t.teachers, t.gaps, t.bands] for t in tables))
     return [
         *(_linked(report.outcome, one, path) for one in tables),
         *(_grid(table) for kind in kinds for table in kind if table is not None),

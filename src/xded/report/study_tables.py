@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from xded.corpus.manifest import BANDS
 from xded.report.main_job import CHANCE
 from xded.report.tables import Table, cell
 from xded.scoring import Prediction, Scores
 from xded.study.outcome import BEST_TEACHER, ORACLE, VOTE, Result
-from xded.study.plan import ZERO_SHOT, DecodeName, Study
-from xded.study.verdict import Answer, Paired, compare_all, pooled, scores_of
+from xded.study.plan import MEAN_TEACHER, SOUP, TEACHER, ZERO_SHOT, DecodeName, Study
+from xded.study.verdict import Answer, Paired, by_band, compare_all, pooled, scores_of
 
 NOT_DONE = "-"
-SUMMARY_COLUMNS = ("system", "all takes", "mean of speakers", "takes")  # before one a fold
+SUMMARY_COLUMNS = ("system", "all takes", "mean of speakers", "takes", "teachers")  # before one a fold
 COMPARED_BASELINES = ("parent", VOTE, BEST_TEACHER)
 
 
@@ -27,6 +28,7 @@ class StudyTables:
     bands: Table | None
     gaps: Table | None
     paired: Table
+    teachers: Table | None
     comparisons: tuple[Paired, ...]
     scores: dict[str, Scores]
 
@@ -36,7 +38,7 @@ def systems_of(study: Study, results: Sequence[Result]) -> list[str]:
     there = list(dict.fromkeys(r.system for r in results))
     teachers = sorted(s for s in there if s.startswith("teacher "))
     derived = [r.system for r in results if r.source == "derived" and r.system not in (BEST_TEACHER, VOTE, ORACLE)]
-    before = [ZERO_SHOT, "parent", *dict.fromkeys(derived), *teachers, BEST_TEACHER, VOTE, ORACLE]
+    before = [ZERO_SHOT, "parent", SOUP, *dict.fromkeys(derived), *teachers, BEST_TEACHER, VOTE, ORACLE]
     attempts = [name for name in study.attempts if name in there]
     first = [s for s in before if s in there]
     return first + attempts + [s for s in there if s not in first and s not in attempts]
@@ -58,6 +60,7 @@ def tables_of(
         _bands(scores, decode),
         _gaps(study, results, folds, words, decode),
         _paired(comparisons, decode),
+        _teachers(results, scores) if decode == "open" else None,
         tuple(comparisons),
         scores,
     )
@@ -70,7 +73,7 @@ def _main(
     normaliser = study.base().tokenizer.normaliser
     columns = (*SUMMARY_COLUMNS, *("+".join(fold) for fold in folds))
     chance = f"{100 / len(words):.1f}" if decode == "word list" else "0.0"
-    rows = [(CHANCE, chance, chance, "", *[chance] * len(folds))]
+    rows = [(CHANCE, chance, chance, "", NOT_DONE, *[chance] * len(folds))]
     for system, total in scores.items():
         attempt = study.attempts.get(system)
         cells = []
@@ -83,17 +86,64 @@ def _main(
         seeds = f" x {len(total.seeds)}" if len(total.seeds) > 1 else ""
         rows.append(
             (system + heard, cell(total.overall.wra_percent), cell(total.speaker_mean_wra_percent),
-             f"{total.overall.takes}{seeds}", *cells)
+             f"{total.overall.takes}{seeds}", _effective(results, system), *cells)
         )  # fmt: skip
     pretrained = any(study.config_of(name).model.pretrained for name in study.attempts)
     unknown = "; whom a pretrained encoder heard before is not on record" if pretrained else ""
     caption = (
         "WRA in per cent with 95 % bootstrap intervals: over takes, in 'mean of speakers' over speakers and takes. "
-        f"Takes x seeds. {'Any text can come out' if decode == 'open' else f'The best of {len(words)} words'}. "
+        "Takes x seeds. Teachers: effective number behind the targets, (sum w)^2 / sum w^2, mean over recordings. "
+        f"{'Any text can come out' if decode == 'open' else f'The best of {len(words)} words'}. "
         f"Speakers unseen, but where a row says otherwise{unknown}; words {words_heard}. Normaliser {normaliser}. "
         "Teachers are never those of the held-out speakers; the best one is chosen after the fact, for each speaker."
     )
     return Table(f"Attempts and baselines ({decode})", columns, tuple(rows), caption)
+
+
+def _effective(results: Sequence[Result], system: str) -> str:
+    numbers = [r.effective_teachers for r in results if r.system == system and r.effective_teachers is not None]
+    return f"{fmean(numbers):.1f}" if numbers else NOT_DONE
+
+
+def _teachers(results: Sequence[Result], scores: dict[str, Scores]) -> Table | None:
+    """What every teacher is worth on its own speaker, and on the others."""
+    names = [name for name in scores if name.startswith(TEACHER)]
+    own = {n: [r.own_percent for r in results if r.system == n and r.own_percent is not None] for n in names}
+    rows = [
+        (name, f"{fmean(own[name]):.1f}" if own[name] else NOT_DONE, cell(scores[name].overall.wra_percent),
+         str(scores[name].overall.takes))
+        for name in names
+    ]  # fmt: skip
+    if not rows:
+        return None
+    mine, others = [fmean(values) for values in own.values() if values], scores[MEAN_TEACHER].overall.wra_percent
+    rows.append((MEAN_TEACHER, f"{fmean(mine):.1f}" if mine else NOT_DONE, cell(others), ""))
+    caption = (
+        "WRA in per cent. Own speaker: on the few takes kept from its training, which chose its checkpoint, so it is "
+        "kind. Other speakers: on the folds' held-out speakers, with intervals over takes."
+    )
+    return Table(
+        "Teachers (open)", ("teacher", "own speaker", "other speakers", "takes of others"), tuple(rows), caption
+    )
+
+
+def gains_by_band(study: Study, results: Sequence[Result], words: Sequence[str]) -> Table | None:
+    """The differences that the hypotheses are about, for each intelligibility band apart."""
+    found = by_band(study, results, words)
+    bands = [band for band in BANDS if any(band in of for of in found.values())]
+    if not bands:
+        return None
+    rows = []
+    for name, of in found.items():
+        for other in study.hypotheses[name].others:
+            pairs = {band: compared for band in of for system, compared in of[band] if system == other}
+            cells = (f"{c.difference_points} (p {_p(c.p_value)})" if (c := pairs.get(b)) else NOT_DONE for b in bands)
+            rows.append((name, f"{study.hypotheses[name].attempt} - {other}", *cells))
+    caption = (
+        "Points of WRA with 95 % intervals over the band's takes, decoded as the hypothesis says; p: paired "
+        "permutation test, two sided, uncorrected."
+    )
+    return Table("Hypotheses by intelligibility band", ("hypothesis", "a - b", *bands), tuple(rows), caption)
 
 
 def _bands(scores: dict[str, Scores], decode: DecodeName) -> Table | None:
@@ -113,7 +163,7 @@ def gap_pairs(study: Study) -> list[tuple[str, str]]:
     def rest(name: str) -> tuple[object, ...]:
         attempt, config = study.attempts[name], study.config_of(name)
         same = config.model_copy(update={"fold": config.fold.model_copy(update={"include_held_out": False})})
-        return same.model_dump(mode="json"), attempt.start, attempt.teachers
+        return same.model_dump(mode="json"), attempt.start, attempt.teachers, attempt.recordings
 
     heard = [name for name, attempt in study.attempts.items() if attempt.include_held_out]
     others = [name for name in study.attempts if name not in heard]

@@ -53,28 +53,35 @@ def cell(percent: Estimate) -> str:
 def crosstest_values(
     said: Mapping[str, Sequence[Prediction]], normaliser: str, held_out: Sequence[str]
 ) -> dict[str, dict[str, dict[str, float | None]]]:
-    """WRA of every teacher on every speaker, and of vote and oracle: row -> column -> value, low, high (per cent)."""
+    """WRA of every teacher on every speaker, and of vote and oracle: row -> column -> value, low, high (per cent).
+
+    A teacher's row also has `own`, the speaker that it was made for, and `others`, all takes of everybody else.
+    """
     everyone = {**said, "vote": vote(said), "any-teacher oracle": oracle(said, normaliser)}
     rows: dict[str, dict[str, Estimate]] = matrix(everyone, normaliser)
     for name, predictions in everyone.items():
         unheard = [p for p in predictions if p.speaker in held_out]
         if unheard:
             rows[name]["held out"] = wra(unheard, normaliser)
+    for name in said:
+        sides = {"own": [p for p in said[name] if p.speaker == name],
+                 "others": [p for p in said[name] if p.speaker != name]}  # fmt: skip
+        rows[name] |= {side: wra(predictions, normaliser) for side, predictions in sides.items() if predictions}
     return {name: {column: asdict(value) for column, value in row.items()} for name, row in rows.items()}
 
 
 def crosstest_table(values: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> Group:
     """The cross-test matrix: teachers in rows, speakers in columns."""
-    columns = sorted({column for row in values.values() for column in row if column != "held out"})
-    if any("held out" in row for row in values.values()):
-        columns.append("held out")
+    last = ("held out", "own", "others")
+    columns = sorted({column for row in values.values() for column in row if column not in last})
+    columns += [column for column in last if any(column in row for row in values.values())]
     rows = []
     for name, row in values.items():
         cells = (f"{row[c]['value']:.0f}" if c in row else "-" for c in columns)
         rows.append((name, *cells))
     caption = (
-        "WRA in per cent on takes that nobody was trained on; on the diagonal the teacher's own speaker. Intervals: "
-        "crosstest.json."
+        "WRA in per cent on takes that nobody was trained on; own: the teacher's speaker (on the diagonal); others: "
+        "everybody else. Intervals: crosstest.json."
     )
     return Table("Cross-test: teacher (row) on speaker (column)", ("teacher", *columns), tuple(rows), caption).rich()
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 from rapidfuzz import process
@@ -12,7 +14,7 @@ from rapidfuzz.distance import Levenshtein
 
 from xded.scoring import Prediction, read_predictions
 from xded.study.engine import Progress
-from xded.study.pieces import DECODES
+from xded.study.pieces import DECODES, EFFECTIVE
 from xded.study.plan import BEST_TEACHER as BEST_TEACHER
 from xded.study.plan import MEAN_TEACHER, PARENT, TEACHER, DecodeName
 from xded.study.plan import ORACLE as ORACLE
@@ -20,6 +22,7 @@ from xded.study.plan import VOTE as VOTE
 from xded.study.steps import Cell, Work
 from xded.teachers.crosstest import best_by_speaker, oracle, vote
 from xded.tokenizer import normalise
+from xded.training.status import StatusError, read_status
 
 SNAPPED = "nearest listed word"
 Source = Literal["attempt", "baseline", "derived", "imported"]
@@ -29,7 +32,10 @@ Source = Literal["attempt", "baseline", "derived", "imported"]
 class Result:
     """A system in one fold: its predictions of all seeds, by decode mode, and the runs that they come from.
 
-    `reported` is the WRA in per cent that an imported file claims for itself; nothing is ever computed from it.
+    Attributes:
+        reported: WRA in per cent that an imported file claims for itself; nothing is ever computed from it.
+        effective_teachers: that an attempt's targets amount to, mean over its runs; none where it has no targets.
+        own_percent: WRA of a teacher on the validation takes of its own speaker, which chose its checkpoint.
     """
 
     system: str
@@ -38,6 +44,8 @@ class Result:
     predictions: Mapping[DecodeName, Sequence[Prediction]]
     runs: tuple[Path, ...]
     reported: float | None = None
+    effective_teachers: float | None = None
+    own_percent: float | None = None
 
     def of(self, decode: DecodeName) -> list[Prediction]:
         """Predictions of a decode mode (none: empty)."""
@@ -59,7 +67,12 @@ def collect(work: Work, progress: Progress, words: Iterable[str], normaliser: st
         there = [b for b in work.baselines if b.held_out == held_out and progress.states[b.key] == "done"]
         asked = [
             Result(
-                b.system, "baseline", held_out, {d: read_predictions(b.predictions(d)) for d in DECODES}, (b.folder,)
+                b.system,
+                "baseline",
+                held_out,
+                {d: read_predictions(b.predictions(d)) for d in DECODES},
+                (b.folder,),
+                own_percent=validated_percent(b.run) if b.run and b.system.startswith(TEACHER) else None,
             )
             for b in there
         ]
@@ -71,7 +84,28 @@ def _attempt(name: str, held_out: tuple[str, ...], cells: Sequence[Cell]) -> Res
     predictions = {
         decode: [p for cell in cells for p in read_predictions(cell.predictions(decode))] for decode in DECODES
     }
-    return Result(name, "attempt", held_out, predictions, tuple(cell.run for cell in cells))
+    numbers = [number for cell in cells if cell.targets for number in _effective(cell.targets)]
+    effective = fmean(numbers) if numbers else None
+    return Result(
+        name, "attempt", held_out, predictions, tuple(cell.run for cell in cells), effective_teachers=effective
+    )
+
+
+def _effective(targets: Path) -> list[float]:
+    """Effective numbers of teachers of the kinds that a run learns from; empty where nobody has noted them."""
+    try:
+        return list(json.loads((targets / EFFECTIVE).read_text(encoding="utf-8")).values())
+    except (OSError, ValueError):
+        return []
+
+
+def validated_percent(run: Path) -> float | None:
+    """Validation WRA of a run's best checkpoint, per cent; none where it was never validated."""
+    try:
+        best = read_status(run).get("best") or {}
+    except StatusError:
+        return None
+    return 100.0 * best["wra"] if "wra" in best else None
 
 
 def derived(asked: Sequence[Result], held_out: tuple[str, ...], words: Sequence[str], normaliser: str) -> list[Result]:

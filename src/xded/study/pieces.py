@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -9,18 +10,21 @@ from pathlib import Path
 
 from xded.config import Config, DecodeConfig
 from xded.corpus.manifest import Recording, read_corpus
+from xded.models.averaging import average
+from xded.models.checkpoints import save
 from xded.models.recogniser import Recogniser, load_recogniser
 from xded.scoring import Prediction, is_right, write_predictions
 from xded.study.plan import DecodeName
-from xded.targets.store import Store
-from xded.teachers.posteriors import aggregate, kinds_of
-from xded.tokenizer import normalise
+from xded.teachers import aggregation
+from xded.tokenizer import Tokenizer, normalise
 from xded.training.data import TrainingData
 from xded.training.evaluation import recognise
 from xded.training.job import Job
 from xded.training.loop import CollapsedRunError
 from xded.training.run import fit
+from xded.training.status import write_atomically
 
+EFFECTIVE = "effective.json"  # number of teachers that targets amount to, by kind
 DECODES: tuple[DecodeName, ...] = ("open", "word list")
 
 
@@ -99,6 +103,11 @@ def _write(out: Path, said: Mapping[DecodeName, Sequence[Prediction]]) -> None:
         write_predictions(predictions_in(out, decode), predictions)
 
 
+def average_teachers(checkpoints: Sequence[Path], out: Path) -> None:
+    """The mean of teachers' weights as a recogniser of its own: OUT/best.pt."""
+    save(average(checkpoints), out / "best.pt")
+
+
 def aggregate_all(
     folders: dict[str, Path],
     heard_by: dict[str, tuple[Recording, ...]],
@@ -106,9 +115,11 @@ def aggregate_all(
     corpus: Path,
     config: Config,
     out: Path,
+    tokenizer: Path,
+    parent: Path | None = None,
 ) -> None:
-    """One target a recording and kind."""
-    loaded = read_corpus(corpus)
-    for kind in kinds_of(config.target.heard):
-        stores = {speaker: Store(folder / kind) for speaker, folder in folders.items()}
-        aggregate(kind, stores, heard_by, recordings, loaded, config, out)
+    """One target a recording and kind; `parent` is its checkpoint, where `teachers.aggregation.needs_parent`."""
+    pieces = Tokenizer.load(tokenizer, config.tokenizer.normaliser)
+    made = aggregation.aggregate_all(folders, heard_by, recordings, read_corpus(corpus), pieces, config, out, parent)
+    effective = {kind: index.effective_teachers for kind, index in made.items() if kind in config.objective.kinds}
+    write_atomically(out / EFFECTIVE, json.dumps(effective))

@@ -13,16 +13,17 @@ from pydantic import Field, ValidationError, model_validator
 
 from xded import config as configs
 from xded.config import Config, Section, StageConfig
-from xded.corpus.manifest import Corpus
+from xded.corpus.manifest import BANDS, Corpus
 from xded.errors import ConfigError, XdedError
 
 Verdict = Literal["supported", "rejected", "undecided"]
 DecodeName = Literal["open", "word list"]
-BUILT_IN = ("debug", "loso")
+BUILT_IN = ("debug", "loso", "small-from-large", "from-parent", "withheld")
 SUSPECT: Final = "suspect"
 EVALUATION = "evaluation"  # what `next` calls the examination of the evaluation itself
 # systems that a study's tables hold besides its attempts
 PARENT = "parent"
+SOUP = "mean of the teachers' weights"
 ZERO_SHOT = "pretrained, zero-shot"
 TEACHER = "teacher "  # and the speaker
 MEAN_TEACHER = "mean of the teachers"
@@ -37,7 +38,9 @@ DECIDED = {
     "fold.held_out": "the study's held_out",
     "fold.include_held_out": "the attempt's include_held_out",
     "fold.controls": "the attempt's controls",
+    "fold.withhold": "the study's withhold and the attempt's recordings",
     "train.init": "the attempt's start",
+    "train.guide": "the study: it is the fold's parent",
 }
 
 
@@ -51,19 +54,31 @@ class Attempt(Section):
     about: str = Field("", description="what it is for, one line")
     set: dict[str, Any] = Field({}, description="config keys that differ from the study's, such as objective.ctc_kd")
     include_held_out: bool = Field(False, description="half of the held-out speakers' takes train too")
-    start: Literal["scratch", "parent"] = Field("scratch", description="weights that it starts from")
+    start: Literal["scratch", "parent", "teachers"] = Field(
+        "scratch", description="weights that it starts from; teachers: the mean of its teachers' weights"
+    )
     controls: bool = Field(False, description="train on the control speakers too")
+    recordings: Literal["all", "shared"] = Field(
+        "all", description="that it trains on; shared: without those that the study withholds"
+    )
     teachers: Literal["all", "band"] | tuple[str, ...] = Field(
-        "all", description="whose posteriors are aggregated: all, those of the held-out speaker's band, or these"
+        "all",
+        description="whose posteriors are aggregated (or weights averaged): all, those of the held-out speaker's band, "
+        "or these",
     )
     expected: float | None = Field(None, description="WRA that was hoped for, per cent; never mixed with results")
 
 
 class Hypothesis(Section):
-    """A claim about an attempt's WRA, per cent, on all folds together; with `minus`, about the gap between two."""
+    """A claim about an attempt's WRA, per cent, on all folds together; with `minus`, about the gap between two.
+
+    With `between: [low, high]` it is about the share of the gap from `low` to `high` that the attempt makes up,
+    (attempt - low) / (high - low): 0.5 is half of it.
+    """
 
     attempt: str
     minus: str | None = Field(None, description="attempt whose WRA is taken off (paired by take)")
+    between: tuple[str, str] | None = Field(None, description="attempts whose gap it makes up in part: low, high")
     decode: DecodeName = "open"
     above: float | None = Field(None, description="supported when the whole interval lies above")
     below: float | None = Field(None, description="supported when the whole interval lies below")
@@ -74,6 +89,12 @@ class Hypothesis(Section):
             raise ValueError("give either above or below")
         if self.minus == self.attempt:
             raise ValueError(f"the gap between '{self.attempt}' and itself is always 0")
+        if self.between is not None:
+            if self.minus is not None:
+                raise ValueError("give either minus or between")
+            if len({self.attempt, *self.between}) < 3:
+                raise ValueError("between names two attempts, and neither is the attempt itself")
+            return self
         # the whole interval has to be able to lie on either side
         least, most = (-100.0, 100.0) if self.minus is not None else (0.0, 100.0)
         decidable = least <= self.threshold < most if self.above is not None else least < self.threshold <= most
@@ -84,10 +105,15 @@ class Hypothesis(Section):
 
     @property
     def threshold(self) -> float:
-        """`above` or `below`."""
+        """`above` or `below`, in per cent or points."""
         threshold = self.above if self.above is not None else self.below
         assert threshold is not None
-        return threshold
+        return threshold if self.between is None else 100.0 * threshold
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Attempts that the attempt is held against."""
+        return self.between or (() if self.minus is None else (self.minus,))
 
 
 class Rung(Section):
@@ -146,6 +172,11 @@ class Study(Section):
     held_out: Literal["all"] | tuple[str | tuple[str, ...], ...] = Field(
         "all", description="folds: a speaker or a list of speakers each; all: every target speaker once"
     )
+    withhold: Literal["half"] | tuple[str, ...] | None = Field(
+        None,
+        description="training speakers whose recordings do not travel: no parent hears them, only their own teachers "
+        "and attempts with recordings: all; half: every second training target speaker, by band and name",
+    )
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2), min_length=1)
     updates: int | None = Field(None, ge=1, description="of every attempt, so that they are comparable; none: config's")
     budget: Budget = Budget()
@@ -166,7 +197,7 @@ class Study(Section):
                 hint = f" (did you mean '{near[0]}'?)" if near else ""
                 raise ValueError(f"{where} is about attempt '{name}', which the study does not have{hint}")
         for name in self.attempts:
-            if name in (PARENT, BEST_TEACHER, VOTE, ORACLE) or name.startswith((TEACHER, f"{PARENT}, ")):
+            if name in (PARENT, SOUP, BEST_TEACHER, VOTE, ORACLE) or name.startswith((TEACHER, f"{PARENT}, ")):
                 raise ValueError(f"an attempt cannot be called '{name}': the tables have a row of that name")
         if EVALUATION in self.hypotheses:
             raise ValueError(f"a hypothesis cannot be called '{EVALUATION}': in next, that is the examination")
@@ -182,13 +213,26 @@ class Study(Section):
             times = Counter(speaker for fold in folds for speaker in fold)
             if twice := [speaker for speaker, count in times.items() if count > 1]:
                 raise ValueError(f"held_out names {twice[0]} twice: every speaker is tested once")
+        self._check_withheld()
         return self
+
+    def _check_withheld(self) -> None:
+        shared = [name for name, attempt in self.attempts.items() if attempt.recordings == "shared"]
+        if self.withhold is None and shared:
+            raise ValueError(
+                f"attempt '{shared[0]}' trains on the shared recordings, and none are withheld: set withhold (half, or "
+                "names), or recordings: all"
+            )
+        if self.withhold is not None and not shared:
+            raise ValueError("withhold changes no attempt: give one of them recordings: shared, or take it out")
+        if self.withhold == ():
+            raise ValueError("withhold names nobody; half: every second training target speaker")
 
     def _mentions(self) -> Iterable[tuple[str, str]]:
         for name, hypothesis in self.hypotheses.items():
             yield f"hypothesis '{name}'", hypothesis.attempt
-            if hypothesis.minus is not None:
-                yield f"hypothesis '{name}'", hypothesis.minus
+            for other in hypothesis.others:
+                yield f"hypothesis '{name}'", other
         if self.ladder is not None:
             yield "the ladder", self.ladder.attempt
 
@@ -208,6 +252,37 @@ class Study(Section):
         folds = [(one,) if isinstance(one, str) else tuple(one) for one in self.held_out]
         corpus.require(speaker for fold in folds for speaker in fold)
         return folds
+
+    def withheld(self, corpus: Corpus, held_out: Iterable[str], exclude: Iterable[str]) -> tuple[str, ...]:
+        """Training target speakers of a fold whose recordings do not travel; without `withhold` nobody.
+
+        `half`: every second one in the order of bands, then names, so that the bands are halved too.
+
+        Raises:
+            CorpusError: a name that the corpus does not have. StudyError: nobody is left to withhold, or one who has no
+                teacher that could travel.
+        """
+        if self.withhold is None:
+            return ()
+        gone = {*held_out, *exclude}
+        targets = [s for s in corpus.speakers if corpus.role_of(s) == "target" and s not in gone]
+        if self.withhold == "half":
+            place = {band: number for number, band in enumerate((*BANDS, None))}
+            chosen = sorted(targets, key=lambda s: (place[corpus.band_of(s)], s))[1::2]
+        else:
+            corpus.require(self.withhold)
+            if healthy := [s for s in self.withhold if corpus.role_of(s) == "control"]:
+                raise StudyError(
+                    f"withhold names {healthy[0]}, a control speaker: it has no teacher that could travel.",
+                    "Name target speakers, or half.",
+                )
+            chosen = [s for s in targets if s in self.withhold]
+        if not chosen:
+            raise StudyError(
+                f"In the fold without {', '.join(held_out)} nobody's recordings are withheld.",
+                "Withhold others too, or hold out fewer speakers.",
+            )
+        return tuple(sorted(chosen))
 
     def base(self) -> Config:
         """The config of all attempts."""
@@ -263,14 +338,24 @@ def build(data: Mapping[str, Any], where: str) -> Study:
             problems.append(f"{place}: {item['msg'].removeprefix('Value error, ')}")
         raise StudyError(f"{where}: " + "; ".join(problems) + ".", "Compare with 'xded study new debug'.") from error
     for name, attempt in study.attempts.items():
-        config = study.config_of(name)
-        if attempt.teachers != "all" and not uses_targets(config):
-            raise StudyError(
-                f"{where}: attempt '{name}' chooses teachers ({attempt.teachers}) that it never listens to.",
-                "Give it objective.ctc_kd or objective.decoder_kd, or leave teachers out.",
-            )
-        _require_difficulty(config, attempt, f"{where}: attempt '{name}'")
+        _require_sense(study.config_of(name), attempt, f"{where}: attempt '{name}'")
     return study
+
+
+def _require_sense(config: Config, attempt: Attempt, who: str) -> None:
+    """Raises when parts of an attempt contradict each other or have no effect."""
+    listens = uses_targets(config)
+    if attempt.teachers != "all" and not listens and attempt.start != "teachers":
+        raise StudyError(
+            f"{who} chooses teachers ({attempt.teachers}) that it never listens to.",
+            "Give it objective.ctc_kd or objective.decoder_kd, or start: teachers, or leave teachers out.",
+        )
+    if listens and attempt.recordings == "shared" and config.target.heard == "same_prompt":
+        raise StudyError(
+            f"{who} asks teachers about their own speakers' recordings (same_prompt), and some are withheld.",
+            "Set target.heard to same_audio, or recordings to all.",
+        )
+    _require_difficulty(config, attempt, who)
 
 
 def _require_difficulty(config: Config, attempt: Attempt, who: str) -> None:
@@ -278,7 +363,7 @@ def _require_difficulty(config: Config, attempt: Attempt, who: str) -> None:
     asked = config.train.curriculum
     if asked.schedule == "none":
         return
-    if asked.difficulty == "parent" and attempt.start != "parent":
+    if asked.difficulty == "parent" and attempt.start == "scratch":
         raise StudyError(
             f"{who} orders recordings by the parent's loss (train.curriculum.difficulty), and starts from scratch.",
             "Give it start: parent, or set train.curriculum.difficulty to duration, targets or random.",
@@ -291,8 +376,8 @@ def _require_difficulty(config: Config, attempt: Attempt, who: str) -> None:
 
 
 def uses_targets(config: Config) -> bool:
-    """Whether a config's objective needs teachers."""
-    return bool(config.objective.ctc_kd or config.objective.decoder_kd)
+    """Whether a config's objective needs teachers' targets."""
+    return bool(config.objective.kinds)
 
 
 def _refuse_decided(data: Mapping[str, Any], where: str, prefix: str = "") -> None:
@@ -314,4 +399,4 @@ def built_in(name: str) -> str:
     """
     if name not in BUILT_IN:
         raise StudyError(f"There is no built-in study '{name}'.", f"Choose among {', '.join(BUILT_IN)}.")
-    return (Path(__file__).parent / f"{name}.yaml").read_text(encoding="utf-8")
+    return (Path(__file__).parent / f"{name.replace('-', '_')}.yaml").read_text(encoding="utf-8")

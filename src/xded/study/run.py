@@ -22,7 +22,8 @@ from xded.study.folder import STUDY, locked, read_state, require_format, write_s
 from xded.study.imported import imported_results
 from xded.study.outcome import Result, collect
 from xded.study.plan import Study, StudyError, load
-from xded.study.steps import Kind, Planner, Step, Work
+from xded.study.planner import Planner
+from xded.study.steps import Kind, Step, Work
 from xded.training.loggers import need_packages
 from xded.training.loop import InterruptedRunError
 from xded.training.status import StatusError, clock, now, read_status, write_atomically

@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from xded.corpus.manifest import BANDS
 from xded.findings import Finding
 from xded.scoring import Comparison, Estimate, Prediction, Scores, compare, is_right, score
 from xded.study.outcome import Result
@@ -26,8 +27,8 @@ class Answer:
 
     Attributes:
         verdict: `suspect` when the evaluation itself cannot be trusted.
-        wra_percent: of the attempt, or with `minus` the gap in points, with the interval that was judged (`judgeable`);
-            none when it was not measured.
+        wra_percent: of the attempt, with `minus` the gap in points, or with `between` the share of the gap in per cent;
+            with the interval that was judged (`judgeable`); none when it was not measured.
         takes, seeds: that it rests on.
         more_takes, more_seeds: how many more of either would decide it, were the value to stay as it is, in about half
             of all cases; none where that number is not known or no number would.
@@ -78,10 +79,10 @@ def scores_of(
     return score(predictions, normaliser=normaliser, word_list=words, conditions=conditions, resamples=resamples)
 
 
-def on_common_takes(a: Sequence[Prediction], b: Sequence[Prediction]) -> tuple[list[Prediction], list[Prediction]]:
-    """Both without the takes that only one has: an attempt that heard half of a speaker is tested on the other half."""
-    common = {p.take for p in a} & {p.take for p in b}
-    return [p for p in a if p.take in common], [p for p in b if p.take in common]
+def on_common_takes(*systems: Sequence[Prediction]) -> list[list[Prediction]]:
+    """Each without the takes that another lacks: who heard half of a speaker is tested on the other half."""
+    common = set.intersection(*({p.take for p in predictions} for predictions in systems))
+    return [[p for p in predictions if p.take in common] for predictions in systems]
 
 
 def answer_all(
@@ -108,25 +109,66 @@ def _answer(
     name: str, hypothesis: Hypothesis, study: Study, results: Sequence[Result], normaliser: str, words: Sequence[str]
 ) -> Answer:
     decode = hypothesis.decode
-    predictions = pooled(results, hypothesis.attempt, decode)
-    other = pooled(results, hypothesis.minus, decode) if hypothesis.minus else None
-    for attempt, found in ((hypothesis.attempt, predictions), (hypothesis.minus, other)):
-        if attempt is not None and not found:
+    attempts = (hypothesis.attempt, *hypothesis.others)
+    said = [pooled(results, attempt, decode) for attempt in attempts]
+    for attempt, found in zip(attempts, said, strict=True):
+        if not found:
             return Answer(name, "undecided", None, 0, 0, None, None, f"Attempt '{attempt}' has no results.")
-    if other is not None:
-        predictions, other = on_common_takes(predictions, other)
-        if not predictions:
-            return Answer(name, "undecided", None, 0, 0, None, None, "The two attempts share no test take.")
-    scores = scores_of(predictions, decode, normaliser, words)
-    takes, seeds = scores.overall.takes, len(scores.seeds)
-    value = judgeable(scores.overall.wra_percent, takes, 0.0)
-    if other is not None:
-        difference = compare(scores, scores_of(other, decode, normaliser, words)).difference_points
-        value = judgeable(difference, takes, -100.0)
+    said = on_common_takes(*said)
+    if not said[0]:
+        how_many = "two" if len(said) == 2 else "three"
+        return Answer(name, "undecided", None, 0, 0, None, None, f"The {how_many} attempts share no test take.")
+    scores = [scores_of(found, decode, normaliser, words) for found in said]
+    takes, seeds = scores[0].overall.takes, len(scores[0].seeds)
+    missing = _missing(hypothesis, study, results)
+    if hypothesis.between is not None:
+        value = share_percent(*scores)
+        if value is None:
+            low, high = hypothesis.between
+            gap = compare(scores[2], scores[1]).difference_points
+            because = f"'{high}' is {gap} points above '{low}': no gap that is sure, so nothing is a share of it."
+            return Answer(name, "undecided", None, takes, seeds, None, None, because + missing)
+    elif hypothesis.minus is not None:
+        value = judgeable(compare(*scores).difference_points, takes, -100.0)
+    else:
+        value = judgeable(scores[0].overall.wra_percent, takes, 0.0)
     verdict = judged(value, hypothesis)
-    more = needed(value, hypothesis, predictions, other, normaliser) if verdict == "undecided" else (None, None)
-    because = _because(value, hypothesis, verdict, takes, seeds, more) + _missing(hypothesis, study, results)
+    more = needed(value, hypothesis, said, normaliser) if verdict == "undecided" else (None, None)
+    because = _because(value, hypothesis, verdict, takes, seeds, more) + missing
     return Answer(name, verdict, value, takes, seeds, *more, because)
+
+
+def share_percent(
+    attempt: Scores, low: Scores, high: Scores, *, seed: int = 0, resamples: int = 2000
+) -> Estimate | None:
+    """Share of the gap between two systems that a third makes up, (attempt - low) / (high - low), in per cent.
+
+    All three are resampled by the same takes, so that a take's difficulty cancels out (Efron & Tibshirani 1993, "An
+    Introduction to the Bootstrap", chapter 10.5). A resample without a gap says nothing of the share: it counts as
+    smaller than all others at the interval's lower end, and as larger at its upper end.
+
+    Returns:
+        None where one resample in 40 has no gap: the interval would have no end.
+    """
+    three = (attempt, low, high)
+    rows = np.array([[s.takes[t].right for s in three] + [s.takes[t].predictions for s in three] for t in low.takes])
+    drawn = np.random.default_rng(seed).multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=resamples) @ rows
+
+    def parts(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        wra = sums[..., :3] / sums[..., 3:]
+        return wra[..., 0] - wra[..., 1], wra[..., 2] - wra[..., 1]
+
+    won, gap = parts(drawn)
+    void = gap <= 1e-9
+    won_here, gap_here = parts(rows.sum(0))
+    if len(rows) < 2 or void.mean() >= TAIL or gap_here <= 1e-9:
+        return None
+    shares = won / np.where(void, 1.0, gap)
+    ends = [
+        float(np.percentile(np.where(void, beyond, shares), place, method="inverted_cdf"))
+        for beyond, place in ((-np.inf, 100 * TAIL), (np.inf, 100 * (1 - TAIL)))
+    ]
+    return Estimate(100 * float(won_here / gap_here), 100 * ends[0], 100 * ends[1])
 
 
 def judgeable(value: Estimate, takes: int, least: float) -> Estimate:
@@ -153,26 +195,33 @@ def judged(value: Estimate, hypothesis: Hypothesis) -> Verdict:
     """Supported or rejected when the whole interval lies on one side of the threshold."""
     low, high = (value.low, value.high) if value.low is not None else (-math.inf, math.inf)
     assert high is not None
+    threshold = hypothesis.threshold
     if hypothesis.above is not None:
-        return "supported" if low > hypothesis.above else "rejected" if high <= hypothesis.above else "undecided"
-    assert hypothesis.below is not None
-    return "supported" if high < hypothesis.below else "rejected" if low >= hypothesis.below else "undecided"
+        return "supported" if low > threshold else "rejected" if high <= threshold else "undecided"
+    return "supported" if high < threshold else "rejected" if low >= threshold else "undecided"
 
 
 def needed(
-    value: Estimate, hypothesis: Hypothesis, a: Sequence[Prediction], b: Sequence[Prediction] | None, normaliser: str
+    value: Estimate, hypothesis: Hypothesis, said: Sequence[Sequence[Prediction]], normaliser: str
 ) -> tuple[int | None, int | None]:
     """Takes and seeds that are missing for an interval that reaches just up to the threshold.
 
     The variance of the mean is (between takes + within takes / seeds) / takes, in points of WRA; more seeds shrink only
     the second part.
+
+    Args:
+        said: what the attempt said, then each of `hypothesis.others`, on common takes.
     """
-    distance = abs(value.value - hypothesis.threshold)
+    share = hypothesis.threshold / 100
+    # a share is above s where attempt - (1 - s) low - s high is above 0
+    weights = (1.0, share - 1.0, -share) if hypothesis.between is not None else (1.0, -1.0)[: len(said)]
+    between, within, means, seeds = _variances(weights, said, normaliser)
+    takes = len(means)
+    distance = abs(float(np.mean(means)) if hypothesis.between is not None else value.value - hypothesis.threshold)
     if distance < 1e-9:
         return None, None
-    between, within, takes, seeds = _variances(a, b, normaliser)
     if between + (within or 0.0) < 1e-9:  # all takes say the same: see `judgeable`
-        least = 0.0 if b is None else -100.0
+        least = -100.0 if hypothesis.others else 0.0
         room = 100.0 - value.value if hypothesis.threshold > value.value else value.value - least
         if distance >= room:
             return None, None
@@ -185,29 +234,30 @@ def needed(
 
 
 def _variances(
-    a: Sequence[Prediction], b: Sequence[Prediction] | None, normaliser: str
-) -> tuple[float, float | None, int, int]:
-    """Variance between takes and within takes (over seeds; none with a single one), in squared points; numbers of takes
-    and seeds. A take's value with a seed is the mean over its recordings; with `b`, seeds of the two are independent.
+    weights: Sequence[float], said: Sequence[Sequence[Prediction]], normaliser: str
+) -> tuple[float, float | None, list[float], int]:
+    """Of the weighted sum of several systems' WRA in points: variance between takes and within takes (over seeds; none
+    with a single one), value of each take, number of seeds. A take's value with a seed is the mean over its recordings;
+    seeds of two systems are independent.
     """
     means: dict[str, float] = defaultdict(float)
     withins: dict[str, list[float]] = defaultdict(list)
     seeds = 1
-    for sign, predictions in ((100.0, a), (-100.0, b or ())):
+    for weight, predictions in zip(weights, said, strict=True):
         by_take: dict[str, dict[int, list[bool]]] = defaultdict(lambda: defaultdict(list))
         for p in predictions:
             by_take[p.take][p.seed].append(is_right(p, normaliser))
         for take, by_seed in by_take.items():
-            values = sign * np.array([np.mean(right) for right in by_seed.values()])
+            values = 100.0 * weight * np.array([np.mean(right) for right in by_seed.values()])
             means[take] += float(values.mean())
             seeds = max(seeds, len(values))
             if len(values) > 1:
                 withins[take].append(float(values.var(ddof=1)))
     spread = float(np.var(list(means.values()), ddof=1)) if len(means) > 1 else 0.0
     if not withins:
-        return spread, None, len(means), seeds
+        return spread, None, list(means.values()), seeds
     within = float(np.mean([sum(found) for found in withins.values()]))
-    return max(0.0, spread - within / seeds), within, len(means), seeds
+    return max(0.0, spread - within / seeds), within, list(means.values()), seeds
 
 
 def _because(
@@ -215,6 +265,9 @@ def _because(
 ) -> str:
     what = f"WRA of '{hypothesis.attempt}'" + (f" minus '{hypothesis.minus}'" if hypothesis.minus else "")
     unit = "points" if hypothesis.minus else "%"
+    if hypothesis.between is not None:
+        low, high = hypothesis.between
+        what, unit = f"Of the way from '{low}' to '{high}', what '{hypothesis.attempt}' makes", "%"
     side = "above" if hypothesis.above is not None else "below"
     text = (
         f"{what} is {value} {unit} ({_count(takes, 'take')}, {_count(seeds, 'seed')}, {hypothesis.decode}); "
@@ -240,7 +293,7 @@ def _missing(hypothesis: Hypothesis, study: Study, results: Sequence[Result]) ->
     folds = len({result.held_out for result in results}) if study.held_out == "all" else len(study.held_out)
     asked = folds * len(study.seeds)
     said = []
-    for attempt in filter(None, (hypothesis.attempt, hypothesis.minus)):
+    for attempt in (hypothesis.attempt, *hypothesis.others):
         there = sum(len(result.runs) for result in results if result.system == attempt)
         if there < asked:
             said.append(f" Only {there} of {asked} runs of '{attempt}' are done.")
@@ -260,6 +313,28 @@ def compare_all(
             found.append((a, b, compare(*pair)))
     corrected = holm([comparison.p_value for _, _, comparison in found])
     return [Paired(a, b, decode, c, p) for (a, b, c), p in zip(found, corrected, strict=True)]
+
+
+def by_band(
+    study: Study, results: Sequence[Result], words: Sequence[str]
+) -> dict[str, dict[str, list[tuple[str, Comparison]]]]:
+    """Every hypothesis that holds attempts against each other: hypothesis -> band -> the other attempt, and the paired
+    comparison with it on the band's takes. The p-values are not corrected.
+    """
+    normaliser, own = study.base().tokenizer.normaliser, [r for r in results if r.source == "attempt"]
+    found: dict[str, dict[str, list[tuple[str, Comparison]]]] = {}
+    for name, hypothesis in study.hypotheses.items():
+        for other in hypothesis.others:
+            for band in BANDS:
+                pair = [
+                    [p for p in pooled(own, system, hypothesis.decode) if p.band == band]
+                    for system in (hypothesis.attempt, other)
+                ]
+                a, b = on_common_takes(*pair)
+                if a and b:
+                    scores = [scores_of(s, hypothesis.decode, normaliser, words, resamples=0) for s in (a, b)]
+                    found.setdefault(name, {}).setdefault(band, []).append((other, compare(*scores)))
+    return found
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
