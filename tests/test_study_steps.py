@@ -269,6 +269,13 @@ def test_same_prompt_asks_every_teacher_about_its_own_speaker(corpus: Corpus, tm
     assert asked == [{"t2"}, {"t3"}]
 
 
+def test_a_control_may_train_longer_than_the_study(corpus: Corpus, tmp_path: Path) -> None:
+    work = plan(corpus, tmp_path, {"a": {}, "twice": {"updates": 40}}, held_out=["t1"], updates=20)
+    jobs = {s.work.args[0].name: s.work.args[0] for s in work.steps if s.kind == "attempt"}  # type: ignore[attr-defined]
+    epochs = {name: sum(stage.epochs for stage in job.config.train.stages) for name, job in jobs.items()}
+    assert epochs["twice"] == 2 * epochs["a"] > 2
+
+
 def test_what_cannot_be_trained_or_decided_is_said_by_the_plan(corpus: Corpus, tmp_path: Path) -> None:
     frozen = {"set": {"train.stages": [{"epochs": 1, "peak_lr": 1e-3, "freeze_encoder": True}]}}
     with pytest.raises(StudyError, match="'a' starts from scratch, and every stage of it freezes the encoder"):

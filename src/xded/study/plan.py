@@ -66,6 +66,7 @@ class Attempt(Section):
         description="whose posteriors are aggregated (or weights averaged): all, those of the held-out speaker's band, "
         "or these",
     )
+    updates: int | None = Field(None, ge=1, description="of this attempt in place of the study's: a control, say so")
     expected: float | None = Field(None, description="WRA that was hoped for, per cent; never mixed with results")
 
 

@@ -145,8 +145,9 @@ class Planner(Teaching):
         return start, [start.key]
 
     def _for_updates(self, name: str, config: Config, parts: Split) -> TrainConfig:
-        """The train section with as many epochs as the study's number of updates takes."""
-        if self.study.updates is None:
+        """The train section with as many epochs as the number of updates of the study, or the attempt's own, takes."""
+        updates = self.study.attempts[name].updates or self.study.updates
+        if updates is None:
             return config.train
         stages = config.stages_run
         if not stages:
@@ -155,7 +156,7 @@ class Planner(Teaching):
                 "Give it start: parent, or a stage that trains the encoder.",
             )
         run = config.model_copy(update={"train": config.train.model_copy(update={"stages": stages})})
-        return config.train.model_copy(update={"stages": stages_for(self.study.updates, len(parts.train), run)})
+        return config.train.model_copy(update={"stages": stages_for(updates, len(parts.train), run)})
 
     def _tokenizer(self, config: Config, parts: Split, hashes: Sequence[str], found: TeacherSet | None) -> Tokenizer:
         """The teachers', the given one, or one made of the training texts (the same texts give the same tokenizer)."""
