@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -296,6 +297,26 @@ def test_a_student_that_imitates_features_is_guided_by_the_parent(corpus: Corpus
     assert any("feature_kd" in json.dumps(json.loads(line)) for line in metrics)
     with pytest.raises(ConfigError, match=r"'train\.guide' is decided by the study"):
         tiny_study(corpus, {"a": {"set": {"train.guide": "x.pt"}}})
+
+
+def test_a_guide_and_a_start_are_told_apart(corpus: Corpus, tmp_path: Path) -> None:
+    guided = {"set": {"objective.feature_kd": 1.0}}
+    work = plan(corpus, tmp_path, {"new": guided, "begun": {"start": "parent", **guided}}, held_out=["t1"])
+    assert len({cell.key for cell in work.cells}) == 2
+
+
+def test_attempts_share_teachers_whatever_they_change_of_their_own_training(corpus: Corpus, tmp_path: Path) -> None:
+    """Otherwise the row of a method would also be that of another parent."""
+    changes: dict[str, Any] = {
+        "dropout": {"model.dropout": 0.3}, "smoothed": {"objective.label_smoothing": 0.1},
+        "noisy": {"augment.noise": 0.5}, "cooling": {"objective.temperature_end": 1.0},
+    }  # fmt: skip
+    attempts = {n: {"start": "parent", "set": {"objective.ctc_kd": 1.0, **c}} for n, c in changes.items()}
+    work = plan(corpus, tmp_path, {"plain": {"start": "parent", **CTC_KD}, **attempts}, held_out=["t1"])
+    kinds = Counter(step.kind for step in work.steps)
+    assert kinds == {"parent": 1, "teacher": 3, "posteriors": 3, "targets": 1, "attempt": 5}
+    (parent,) = jobs(work, "parent").values()
+    assert parent.config.model.dropout != 0.3
 
 
 def test_what_a_student_does_without_targets_is_kept_and_changes_no_teacher(corpus: Corpus, tmp_path: Path) -> None:

@@ -30,8 +30,8 @@ DASHES = {"steps": "solid", "prototypes": "dashed"}
 ALONE = {"currentColor": "#1a1a1a", "var(--line)": "#8a8f94", "var(--one)": "#0072b2", "var(--two)": "#d55e00"}
 SPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
 HOW = {
-    "steps": "steps: {updates} updates of all weights{frozen} on the true text of these takes (peak learning rate "
-    "{peak_lr:g}, no validation: the last weights are tested).",
+    "steps": "steps: at least {updates} updates (whole epochs) of all weights{frozen} on the true text of these takes "
+    "(peak learning rate {peak_lr:g}, no validation: the last weights are tested).",
     "prototypes": "prototypes: no training. A word's prototype is the mean of its takes' encoder outputs; listed words "
     "with a prototype share what the recogniser gives to them together by log-probability + {weight:g} x cosine; other "
     "words keep theirs.",

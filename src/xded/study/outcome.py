@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -84,17 +84,18 @@ def _attempt(name: str, held_out: tuple[str, ...], cells: Sequence[Cell]) -> Res
     predictions = {
         decode: [p for cell in cells for p in read_predictions(cell.predictions(decode))] for decode in DECODES
     }
-    numbers = [number for cell in cells if cell.targets for number in _effective(cell.targets)]
+    numbers = [number for cell in cells if cell.targets for number in _effective(cell.targets, cell.kinds)]
     effective = fmean(numbers) if numbers else None
     return Result(
         name, "attempt", held_out, predictions, tuple(cell.run for cell in cells), effective_teachers=effective
     )
 
 
-def _effective(targets: Path) -> list[float]:
+def _effective(targets: Path, kinds: Collection[str]) -> list[float]:
     """Effective numbers of teachers of the kinds that a run learns from; empty where nobody has noted them."""
     try:
-        return list(json.loads((targets / EFFECTIVE).read_text(encoding="utf-8")).values())
+        noted = json.loads((targets / EFFECTIVE).read_text(encoding="utf-8"))
+        return [number for kind, number in noted.items() if kind in kinds]
     except (OSError, ValueError):
         return []
 

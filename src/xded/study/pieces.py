@@ -121,5 +121,4 @@ def aggregate_all(
     """One target a recording and kind; `parent` is its checkpoint, where `teachers.aggregation.needs_parent`."""
     pieces = Tokenizer.load(tokenizer, config.tokenizer.normaliser)
     made = aggregation.aggregate_all(folders, heard_by, recordings, read_corpus(corpus), pieces, config, out, parent)
-    effective = {kind: index.effective_teachers for kind, index in made.items() if kind in config.objective.kinds}
-    write_atomically(out / EFFECTIVE, json.dumps(effective))
+    write_atomically(out / EFFECTIVE, json.dumps({kind: index.effective_teachers for kind, index in made.items()}))

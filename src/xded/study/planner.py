@@ -101,7 +101,8 @@ class Planner(Teaching):
         own = own.model_copy(update={"seed": seed, "teach": TeachConfig()})
         parts, hashes = self.parts(own)
         hears, guided = uses_targets(own), bool(own.objective.feature_kd)
-        found = self.teachers(config, held_out) if hears or guided or attempt.start != "scratch" else None
+        needy = hears or guided or attempt.start != "scratch"
+        found = self.teachers(self._of_study(config), held_out) if needy else None
         start, needs = self._start(attempt, name, config, found, held_out)
         targets = None
         if found is not None and hears:
@@ -116,7 +117,9 @@ class Planner(Teaching):
             needs += [] if found.parent.key in needs else [found.parent.key]
         train = self._for_updates(name, own.model_copy(update={"train": train}), parts)
         own = own.model_copy(update={"train": train, "targets": targets})
-        key = key_of("attempt", settings(own), self.given_tokenizer(own), needs, hashes, self.corpus.texts)
+        # the same piece may be what an attempt starts from, or its guide
+        roles = [{"start": start and start.key, "guide": found.parent.key}] if found is not None and guided else []
+        key = key_of("attempt", settings(own), self.given_tokenizer(own), needs, hashes, self.corpus.texts, *roles)
         job = Job(
             name, own, parts.train, parts.validation, make_fold(self.corpus, own.fold),
             frozenset(r.take for r in parts.test), self._tokenizer(own, parts, hashes, found), self.folder("runs", key),
@@ -124,7 +127,15 @@ class Planner(Teaching):
         title = f"{name}, {'+'.join(held_out)}, seed {seed}"
         work = partial(fit_and_test, job, parts.test, self.corpus.texts, decodes_of(own), seed)
         self.add(key, "attempt", title, job.out, needs, work)
-        return Cell(name, held_out, seed, key, job.out, targets)
+        return Cell(name, held_out, seed, key, job.out, targets, own.objective.kinds)
+
+    def _of_study(self, config: Config) -> Config:
+        """An attempt's config for its parent and teachers: what an attempt changes of the student's training, its
+        augmentation, dropout and smoothing, is not changed for them, so that attempts differ in one thing."""
+        base = self.study.base()
+        model = config.model.model_copy(update={"dropout": base.model.dropout})
+        objective = config.objective.model_copy(update={"label_smoothing": base.objective.label_smoothing})
+        return config.model_copy(update={"augment": base.augment, "model": model, "objective": objective})
 
     def _start(
         self, attempt: Attempt, name: str, config: Config, found: TeacherSet | None, held_out: tuple[str, ...]

@@ -50,7 +50,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Cell:
-    """An attempt in one fold with one seed: its run folder, where its predictions are, and its targets (or none)."""
+    """An attempt in one fold with one seed: its run folder, where its predictions are, and its targets (or none), of
+    which it reads some kinds."""
 
     attempt: str
     held_out: tuple[str, ...]
@@ -58,6 +59,7 @@ class Cell:
     key: str
     run: Path
     targets: Path | None = None
+    kinds: tuple[str, ...] = ()
 
     def predictions(self, decode: DecodeName) -> Path:
         """Predictions of a decode mode."""

@@ -158,6 +158,9 @@ class Teaching(Pieces):
         nobody is asked for an attempt that goes without them.
         """
         need_sense(config.target)
+        # how T moves while the student trains is no concern of what is stored
+        still = config.objective.model_copy(update={"temperature_end": None})
+        config = config.model_copy(update={"objective": still})
         made = settings(config, "target.top_k", "target.heard", "objective.temperature")
         words = listed_words(self.corpus, config)
         roles, withheld = frozenset(r.role for r in train), frozenset(config.fold.withhold)

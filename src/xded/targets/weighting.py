@@ -196,8 +196,8 @@ def accuracies(
     """Measured WRA of each teacher on other people's training recordings: (right + 1) / (asked + 2).
 
     Laplace's rule of succession keeps a teacher that was never right from having no weight at all. Recordings of the
-    teacher's own speaker are left out: it was trained on them. So was the parent on those of everyone it has heard:
-    its share is the higher for it.
+    teacher's own speaker are left out: it was trained on them. With `teach.rehearsal` it was trained on some of the
+    others' too, and so was the parent on those of everyone it has heard: their shares are the higher for it.
 
     Args:
         entries: what each teacher says, with its texts. recordings: those of training; others are left out.
