@@ -124,6 +124,16 @@ def test_what_is_validated_is_what_is_kept(
     assert all(value.equal(best["model_state_dict"][name]) for name, value in student.state_dict().items())
 
 
+def test_best_is_averaged_even_where_an_epoch_before_the_mean_was_better(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wra = iter([0.9, 0.8, 0.3, 0.2])
+    monkeypatch.setattr(run, "validate", lambda *_, **__: {"wra": next(wra), "val_loss": 1.0})
+    out = trained(corpus, tmp_path / "run", average="last", average_last=0.5)  # epochs 3 and 4
+    best = load(out / "best.pt")
+    assert (best["epoch"], best["averaged"], best["best"]["wra"]) == (3, 4, 0.3)
+
+
 @pytest.mark.parametrize("average", ["ema", "last"])
 def test_averaging_changes_nothing_of_the_training(corpus: Corpus, tmp_path: Path, average: str) -> None:
     plain, averaged = (trained(corpus, tmp_path / kind, average=kind) for kind in ("none", average))

@@ -91,6 +91,15 @@ def test_one_teacher_with_all_the_weight(made: Made) -> None:
     assert "'T2' has 100 %" in found.what
 
 
+def test_one_teacher_that_was_asked_for_is_not_advised_against(made: Made) -> None:
+    index = weighted(made, [only_of("T2")])
+    elitist = index.model_copy(update={"best": 1, "weighting": "reliability"})
+    [asked], [not_asked] = (indexes.effective_teachers(i, WHERE) for i in (elitist, index))
+    assert "Weigh them alike" in not_asked.remedy
+    assert "Weigh them alike" not in asked.remedy
+    assert "target.best 1 asks for one teacher" in asked.remedy
+
+
 def test_another_teacher_for_every_recording_is_worth_a_note(made: Made) -> None:
     index = weighted(made, [only_of(teacher) for teacher in TEACHERS])
     assert only(indexes.effective_teachers(index, WHERE), "effective-teachers", "note").evidence[

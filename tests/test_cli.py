@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 from importlib.metadata import version
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ import typer.main
 
 from cli_calls import call, done, refused
 from xded import cli
-from xded.config import Config, load, to_yaml
+from xded.cli.options import resolved
+from xded.config import PATHS, Config, load, override, to_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 VERBS = (
@@ -161,6 +163,19 @@ def test_what_the_system_refuses_is_said_in_a_paragraph(
     monkeypatch.setattr(cli, "app", app)
     refused(call("teach", "--out", "runs/b"), code, said)
     refused(call("teach", "--out=runs/b"), code, said)
+
+
+def test_every_path_of_a_config_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    fields = [(key, getattr(Config(), key).__class__.model_fields) for key in ("train", "tokenizer", "model")]
+    every = [("", Config.model_fields), *((f"{section}.", known) for section, known in fields)]
+    paths = {
+        prefix + name for prefix, known in every for name, field in known.items() if "Path" in str(field.annotation)
+    }
+    assert {"corpus", "train.guide"} <= paths == set(PATHS)
+    tree = resolved(override(Config(), dict.fromkeys(paths, "there/it")), fit=False)
+    assert {key: attrgetter(key)(tree) for key in paths} == dict.fromkeys(paths, tmp_path / "there" / "it")
+    assert str(resolved(override(Config(), {"model.pretrained": "hf:a/b"}), fit=False).model.pretrained) == "hf:a/b"
 
 
 def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,8 @@ def test_every_wrong_value_is_named_at_once() -> None:
         ({"objective": {"ctc": 0, "cross_entropy": 0, "ctc_kd": 1}}, "ground truth has no weight"),
         ({"objective": {"ctc_kd": 1}, "target": {"heard": "same_prompt"}}, "ctc_kd needs heard: same_audio"),
         ({"objective": {"ctc_kd": 1}, "augment": {"tempo": 0.1}}, "augment.tempo moves frames"),
+        ({"objective": {"feature_kd": 1}, "augment": {"speed": 0.1}}, "set it to 0 with feature_kd"),
+        ({"objective": {"word_consistency": 1}}, "word_consistency needs several speakers"),
         ({"train": {"stages": []}}, "train.stages"),
     ],
 )

@@ -24,7 +24,7 @@ from xded.models.recogniser import load_recogniser
 from xded.models.student import Student
 from xded.study.plan import StudyError
 from xded.targets.store import Entry, Index, Kind, Posterior, Store, StoreWriter
-from xded.training import difficulty
+from xded.training import difficulty, preflight
 from xded.training.curriculum import Curriculum, require_same_order, shares_of
 from xded.training.data import TrainingData, collate
 from xded.training.difficulty import DIFFICULTY, KEPT, difficulty_of
@@ -199,6 +199,37 @@ def test_what_a_run_does_not_have_cannot_tell_difficulty(corpus: Corpus, tmp_pat
         train = {**STAGES, "curriculum": {"schedule": "linear", "difficulty": kind}}
         with pytest.raises(ConfigError, match=missing):
             fit(job_for(corpus, tmp_path / kind, train=train), quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("objective", "spelled_only", "said"),
+    [
+        (
+            {"text_kd": 1.0},
+            False,
+            r"ctc_kd or decoder_kd.*has none\..*Give it objective\.ctc_kd or objective\.decoder_kd",
+        ),
+        ({"word_kd": 1.0}, False, r"ctc_kd or decoder_kd.*has none\."),
+        ({"ctc_kd": 1.0}, True, r"spelled_only leaves some without one\..*without spelled_only"),
+    ],
+)
+def test_targets_that_tell_no_difficulty_are_refused_by_study_and_run(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    objective: dict[str, float], spelled_only: bool, said: str,
+) -> None:  # fmt: skip
+    curriculum = {"schedule": "sqrt", "difficulty": "targets"}
+    keys = {f"train.curriculum.{key}": value for key, value in curriculum.items()}
+    weights = {f"objective.{key}": value for key, value in objective.items()}
+    with pytest.raises(StudyError, match=rf"attempt 'a' orders recordings by .*{said}"):
+        tiny_study(corpus, {"a": {"set": {**keys, **weights, "target.spelled_only": spelled_only}}})
+    job = job_for(corpus, tmp_path, objective=objective, train={**STAGES, "curriculum": curriculum})
+    student = Student(job.config.model, job.tokenizer.size, job.config.features)
+    steps = {r.recording: job.tokenizer.encode(r.text) for r in job.train}
+    store = targets_of(tmp_path / "ctc", "ctc", job.tokenizer.size, steps, [0.9] * len(steps))
+    store.index = store.index.model_copy(update={"spelled_only": spelled_only})
+    monkeypatch.setattr(preflight, "open_targets", lambda job, gate: {"ctc": store})
+    with pytest.raises(ConfigError, match=said):
+        preflight.preflight(job, student, preflight.Gate(frozenset()))
 
 
 def test_one_epoch_has_no_order(corpus: Corpus, tmp_path: Path) -> None:

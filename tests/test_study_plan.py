@@ -13,7 +13,7 @@ from tiny_corpus import write_corpus
 from xded.config import Config
 from xded.errors import ConfigError, CorpusError
 from xded.study import outcome
-from xded.study.plan import BUILT_IN, DECIDED, StudyError, build, built_in, load, stages_for
+from xded.study.plan import BUILT_IN, DECIDED, MEAN_TEACHER, ZERO_SHOT, StudyError, build, built_in, load, stages_for
 from xded.training.run import flat
 
 MINIMAL: dict[str, Any] = {"name": "s", "attempts": {"a": {}, "b": {}}}
@@ -126,8 +126,24 @@ def test_teachers_of_an_attempt_that_listens_to_none_are_refused() -> None:
     build({**MINIMAL, "attempts": {"a": {"teachers": "band", "set": {"objective.decoder_kd": 1.0}}}}, "x")
 
 
+def test_speakers_whose_recordings_are_withheld_cannot_be_compared_by_them() -> None:
+    attempt = {"recordings": "shared", "set": {"objective.ctc_kd": 1.0, "target.weighting": "embedding"}}
+    with pytest.raises(StudyError, match=r"'a' weighs teachers by recordings.*embedding.*withheld.*likelihood"):
+        build({**MINIMAL, "withhold": "half", "attempts": {"a": attempt}}, "x")
+    build({**MINIMAL, "attempts": {"a": {**attempt, "recordings": "all"}}}, "x")
+    attempt["set"] = {"objective.ctc_kd": 1.0, "target.weighting": "likelihood"}
+    build({**MINIMAL, "withhold": "half", "attempts": {"a": attempt}}, "x")
+
+
 def test_names_of_table_rows_are_those_that_attempts_cannot_have() -> None:
-    for name in (outcome.BEST_TEACHER, outcome.VOTE, outcome.ORACLE, f"parent, {outcome.SNAPPED}"):
+    for name in (
+        MEAN_TEACHER,
+        ZERO_SHOT,
+        outcome.BEST_TEACHER,
+        outcome.VOTE,
+        outcome.ORACLE,
+        f"parent, {outcome.SNAPPED}",
+    ):
         with pytest.raises(StudyError, match="cannot be called"):
             build({**MINIMAL, "attempts": {name: {}}}, "x")
 

@@ -17,6 +17,7 @@ Weighting = Literal["uniform", "reliability", "confidence", "band", "likelihood"
 Asked = Literal["all", "own", "own_and_parent"]
 Heard = Literal["same_audio", "same_prompt"]
 LoggerName = Literal["tensorboard", "mlflow", "wandb"]
+PATHS = ("corpus", "targets", "train.init", "train.guide", "tokenizer.path", "model.pretrained")  # of files
 
 
 class Section(BaseModel):

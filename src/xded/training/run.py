@@ -53,7 +53,7 @@ from xded.training.schedule import Schedule
 from xded.training.status import NoLog, RunLog, close_for, read_status, write_atomically
 
 FINDINGS = "findings.json"
-PATHS = {"corpus", "targets", "train.init", "train.guide", "tokenizer.path", "model.pretrained"}
+PATHS = frozenset(configs.PATHS)
 # a run may go on somewhere else
 NOT_COMPARED = {"train.device", "train.devices", "train.nodes", "train.threads", "train.loggers"}
 
