@@ -294,7 +294,7 @@ class TrainConfig(Section):
     )
     ema_decay: float = Field(0.999, description="with average ema: share that is kept at each update", gt=0, lt=1)
     average_last: float = Field(
-        0.25, description="with average last: share of the updates that is averaged", gt=0, le=1
+        0.25, description="with average last: share of the updates that is averaged, and that best.pt is of", gt=0, le=1
     )
     guide: Path | None = Field(None, description="recogniser whose encoder outputs feature_kd imitates (the parent)")
     curriculum: CurriculumConfig = CurriculumConfig()
@@ -400,12 +400,13 @@ class Config(Section):
         return self
 
     def _check_time_axis(self) -> None:
-        asked = self.augment
+        timed = [name for name in ("ctc_kd", "feature_kd") if getattr(self.objective, name)]
         for name in ("tempo", "speed", "dysarthria"):
-            if getattr(asked, name) and (self.objective.ctc_kd or self.objective.feature_kd):
-                raise ValueError(f"augment.{name} moves frames away from cached targets; set it to 0 with ctc_kd")
-        if (self.objective.consistency or self.objective.word_consistency) and self.train.sampler != "words":
-            raise ValueError("consistency needs several speakers of a word in a batch; set train.sampler to words")
+            if getattr(self.augment, name) and timed:
+                raise ValueError(f"augment.{name} moves frames away from cached targets; set it to 0 with {timed[0]}")
+        apart = [name for name in OF_SPEAKERS[:2] if getattr(self.objective, name)]
+        if apart and self.train.sampler != "words":
+            raise ValueError(f"{apart[0]} needs several speakers of a word in a batch; set train.sampler to words")
         whole = [name for name in ("feature_kd", *OF_SPEAKERS) if getattr(self.objective, name)]
         if whole and self.train.devices * self.train.nodes > 1:
             raise ValueError(f"{whole[0]} needs whole batches on one device; set train.devices and train.nodes to 1")

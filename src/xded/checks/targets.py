@@ -56,6 +56,11 @@ def effective_teachers(index: Index, subject: str) -> list[Finding]:
     overall = float(1 / (means**2).sum())
     first, most = next(iter(shares.items()))
     same = overall < ALWAYS_THE_SAME
+    remedy = (
+        "target.best 1 asks for one teacher a recording; for more of them: xded targets --best 3 (or without --best)."
+        if index.best == 1
+        else "Weigh them alike, or less sharply: xded targets --weighting uniform (with the options of the first time)."
+    )
     who = f"'{first}' has {100 * most:.0f} % of it" if same else f"'{first}' most often ({100 * most:.0f} %)"
     return [
         Finding(
@@ -64,7 +69,7 @@ def effective_teachers(index: Index, subject: str) -> list[Finding]:
             f"one teacher has all the weight, {who}.",
             "The student learns from one teacher; what the others know is lost." if same
             else "Every recording's target is one teacher's posterior, not a mean of several.",
-            "Weigh them alike, or less sharply: xded targets --weighting uniform (with the options of the first time).",
+            remedy,
             {"effective": effective, "effective_overall": overall, "teachers": len(index.teachers),
              "shares": shares},
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -101,10 +102,7 @@ def resolved(config: Config, *, fit: bool = True) -> Config:
     """
     from xded import config as configs
 
-    paths = {
-        "corpus": config.corpus, "targets": config.targets, "train.init": config.train.init,
-        "tokenizer.path": config.tokenizer.path, "model.pretrained": config.model.pretrained,
-    }  # fmt: skip
+    paths: dict[str, Path | None] = {key: attrgetter(key)(config) for key in configs.PATHS}
     absolute = {
         key: str(path.resolve()) for key, path in paths.items() if path is not None and not str(path).startswith("hf:")
     }

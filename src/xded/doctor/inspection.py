@@ -338,7 +338,7 @@ def _heard_by(recogniser: Recogniser, recording: Recording) -> str:
 def _untrained(objective: ObjectiveConfig) -> list[str]:
     notes = []
     if "ctc" not in objective.heads:
-        notes.append("This run did not train the CTC head (ctc and ctc_kd have no weight).")
+        notes.append("This run did not train the CTC head (ctc, ctc_kd, word_kd and text_kd have no weight).")
     if "decoder" not in objective.heads:
         notes.append("This run did not train the decoder (cross_entropy and decoder_kd have no weight).")
     return notes

@@ -33,10 +33,15 @@ class StudyTables:
     scores: dict[str, Scores]
 
 
+def teachers_of(results: Sequence[Result]) -> list[str]:
+    """The study's own teachers; an imported result may be called like one."""
+    return sorted({r.system for r in results if r.source == "baseline" and r.system.startswith(TEACHER)})
+
+
 def systems_of(study: Study, results: Sequence[Result]) -> list[str]:
     """Rows: what was there before the students, then attempts in the file's order, then what was imported."""
     there = list(dict.fromkeys(r.system for r in results))
-    teachers = sorted(s for s in there if s.startswith("teacher "))
+    teachers = teachers_of(results)
     derived = [r.system for r in results if r.source == "derived" and r.system not in (BEST_TEACHER, VOTE, ORACLE)]
     before = [ZERO_SHOT, "parent", SOUP, *dict.fromkeys(derived), *teachers, BEST_TEACHER, VOTE, ORACLE]
     attempts = [name for name in study.attempts if name in there]
@@ -107,7 +112,7 @@ def _effective(results: Sequence[Result], system: str) -> str:
 
 def _teachers(results: Sequence[Result], scores: dict[str, Scores]) -> Table | None:
     """What every teacher is worth on its own speaker, and on the others."""
-    names = [name for name in scores if name.startswith(TEACHER)]
+    names = [name for name in teachers_of(results) if name in scores]
     own = {n: [r.own_percent for r in results if r.system == n and r.own_percent is not None] for n in names}
     rows = [
         (name, f"{fmean(own[name]):.1f}" if own[name] else NOT_DONE, cell(scores[name].overall.wra_percent),
@@ -116,8 +121,10 @@ def _teachers(results: Sequence[Result], scores: dict[str, Scores]) -> Table | N
     ]  # fmt: skip
     if not rows:
         return None
-    mine, others = [fmean(values) for values in own.values() if values], scores[MEAN_TEACHER].overall.wra_percent
-    rows.append((MEAN_TEACHER, f"{fmean(mine):.1f}" if mine else NOT_DONE, cell(others), ""))
+    mine = [fmean(values) for values in own.values() if values]
+    if MEAN_TEACHER in scores:
+        others = cell(scores[MEAN_TEACHER].overall.wra_percent)
+        rows.append((MEAN_TEACHER, f"{fmean(mine):.1f}" if mine else NOT_DONE, others, ""))
     caption = (
         "WRA in per cent. Own speaker: on the few takes kept from its training, which chose its checkpoint, so it is "
         "kind. Other speakers: on the folds' held-out speakers, with intervals over takes."

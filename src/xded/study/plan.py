@@ -12,6 +12,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from xded import config as configs
+from xded.checks.curriculum import without_targets
 from xded.config import Config, Section, StageConfig
 from xded.corpus.manifest import BANDS, Corpus
 from xded.errors import ConfigError, XdedError
@@ -30,6 +31,7 @@ MEAN_TEACHER = "mean of the teachers"
 BEST_TEACHER = "best teacher"  # of each speaker, chosen after the fact
 VOTE = "vote of the teachers"
 ORACLE = "any-teacher oracle"
+ROWS = (PARENT, SOUP, ZERO_SHOT, MEAN_TEACHER, BEST_TEACHER, VOTE, ORACLE)
 # config keys that the study decides, and where
 DECIDED = {
     "corpus": "the study's corpus",
@@ -198,7 +200,7 @@ class Study(Section):
                 hint = f" (did you mean '{near[0]}'?)" if near else ""
                 raise ValueError(f"{where} is about attempt '{name}', which the study does not have{hint}")
         for name in self.attempts:
-            if name in (PARENT, SOUP, BEST_TEACHER, VOTE, ORACLE) or name.startswith((TEACHER, f"{PARENT}, ")):
+            if name in ROWS or name.startswith((TEACHER, f"{PARENT}, ")):
                 raise ValueError(f"an attempt cannot be called '{name}': the tables have a row of that name")
         if EVALUATION in self.hypotheses:
             raise ValueError(f"a hypothesis cannot be called '{EVALUATION}': in next, that is the examination")
@@ -356,6 +358,12 @@ def _require_sense(config: Config, attempt: Attempt, who: str) -> None:
             f"{who} asks teachers about their own speakers' recordings (same_prompt), and some are withheld.",
             "Set target.heard to same_audio, or recordings to all.",
         )
+    if listens and attempt.recordings == "shared" and config.target.weighting == "embedding":
+        raise StudyError(
+            f"{who} weighs teachers by recordings of their speakers (target.weighting: embedding), and some are "
+            "withheld.",
+            "Set target.weighting to likelihood, or recordings to all.",
+        )
     _require_difficulty(config, attempt, who)
 
 
@@ -369,11 +377,8 @@ def _require_difficulty(config: Config, attempt: Attempt, who: str) -> None:
             f"{who} orders recordings by the parent's loss (train.curriculum.difficulty), and starts from scratch.",
             "Give it start: parent, or set train.curriculum.difficulty to duration, targets or random.",
         )
-    if asked.difficulty == "targets" and not uses_targets(config):
-        raise StudyError(
-            f"{who} orders recordings by targets (train.curriculum.difficulty), and has none.",
-            "Give it a KD objective, or set train.curriculum.difficulty to parent, duration or random.",
-        )
+    if (without := without_targets(config, config.target.spelled_only)) is not None:
+        raise StudyError(f"{who} {without[0]}", without[1])
 
 
 def uses_targets(config: Config) -> bool:

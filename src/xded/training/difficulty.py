@@ -85,7 +85,7 @@ def difficulty_of(config: Config, student: Student, data: TrainingData, device: 
     """Difficulty of every recording, higher is harder: [N] float64.
 
     Raises:
-        ConfigError: the config's measure needs weights or targets that the run does not have.
+        ConfigError: the config's measure needs weights that the run does not have.
     """
     kind = config.train.curriculum.difficulty
     if kind == "duration":
@@ -139,11 +139,7 @@ def _under_targets(data: TrainingData, index: int) -> float:
     if data.decoder_targets is not None:
         steps = _log_probs(data.decoder_targets, recording)
         return float(-steps[np.arange(len(steps)), [*tokens, data.tokenizer.eos]].mean())
-    if data.ctc_targets is None:
-        raise ConfigError(
-            "train.curriculum.difficulty is targets, and the run has none.",
-            "Give the objective a KD weight and --targets, or set train.curriculum.difficulty to parent or duration.",
-        )
+    assert data.ctc_targets is not None  # `checks.curriculum.without_targets`
     frames = torch.from_numpy(_log_probs(data.ctc_targets, recording))[:, None]  # [T', 1, V]
     loss = F.ctc_loss(
         frames, torch.tensor([tokens]), torch.tensor([len(frames)]), torch.tensor([len(tokens)]),

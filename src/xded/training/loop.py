@@ -71,6 +71,11 @@ def parameter_groups(student: nn.Module, weight_decay: float) -> list[dict[str, 
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
+def worth(measured: Mapping[str, float]) -> tuple[bool, float, float]:
+    """What the best epoch has most of. Averaged weights come first: what a run keeps is what it was asked for."""
+    return measured.get("averaged", 0) > 0, measured.get("wra", 0.0), -measured.get("val_loss", 0.0)
+
+
 class Loop(L.LightningModule):
     """One run.
 
@@ -364,12 +369,10 @@ class Loop(L.LightningModule):
         row = {f"train_{name}": value for name, value in means.items()}
         self.history.append({"epoch": epoch, "update": self.update_of(number), **row, **measured})
         self.watch("epoch", self.history[-1])
-        better = not self.best or (measured.get("wra", 0.0), -measured.get("val_loss", 0.0)) > (
-            self.best.get("wra", 0.0),
-            -self.best.get("val_loss", 0.0),
-        )
-        if due and (better or not measured):  # without validation recordings the last epoch is the best
-            self.best = {"epoch": epoch, **measured}
+        if self.average is not None and measured:
+            measured["averaged"] = self.average.count
+        if due and (not measured or not self.best or worth(measured) > worth(self.best)):
+            self.best = {"epoch": epoch, **measured}  # without validation recordings the last epoch
             self.save(self.out / "best.pt", number)
         if epoch % self.run_config.train.checkpoint_every_epochs == 0:
             self.save(self.out / f"checkpoint_epoch_{epoch}.pt", number)
