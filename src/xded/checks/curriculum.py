@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from xded.checks.data import Named
-from xded.config import Config
 from xded.findings import Finding
 
 WRAPPER = "utterance_scores"
@@ -21,30 +20,6 @@ FIELDS_SHOWN = 5
 SAME_SHARE = 0.9  # of the scores: a default, not a measurement
 FEWEST_NUMBERS = 10  # a table of fewer numbers may be anything
 EFFECT = "There is no curriculum: recordings without a score of their own keep the default and any order they came in."
-
-
-def without_targets(config: Config, spelled_only: bool) -> tuple[str, str] | None:
-    """Why a run's targets cannot tell how hard its recordings are, and what to do; none where they can or need not.
-
-    Args:
-        config: of the run; spelled_only: whether its targets leave out recordings (`target.spelled_only`).
-    """
-    asked = config.train.curriculum
-    if asked.schedule == "none" or asked.difficulty != "targets":
-        return None
-    other = "set train.curriculum.difficulty to parent, duration or random."
-    if not (config.objective.ctc_kd or config.objective.decoder_kd):
-        return (
-            "orders recordings by targets of ctc_kd or decoder_kd (train.curriculum.difficulty), and has none.",
-            f"Give it objective.ctc_kd or objective.decoder_kd, or {other}",
-        )
-    if spelled_only:
-        return (
-            "orders recordings by their targets (train.curriculum.difficulty), and spelled_only leaves some without "
-            "one.",
-            f"Make the targets without spelled_only, or {other}",
-        )
-    return None
 
 
 def _is_score(value: object) -> bool:

@@ -12,7 +12,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from xded import config as configs
-from xded.checks.curriculum import without_targets
+from xded.checks.ordering import unordered_by_targets
 from xded.config import Config, Section, StageConfig
 from xded.corpus.manifest import BANDS, Corpus
 from xded.errors import ConfigError, XdedError
@@ -377,7 +377,7 @@ def _require_difficulty(config: Config, attempt: Attempt, who: str) -> None:
             f"{who} orders recordings by the parent's loss (train.curriculum.difficulty), and starts from scratch.",
             "Give it start: parent, or set train.curriculum.difficulty to duration, targets or random.",
         )
-    if (without := without_targets(config, config.target.spelled_only)) is not None:
+    if (without := unordered_by_targets(config, config.target.spelled_only)) is not None:
         raise StudyError(f"{who} {without[0]}", without[1])
 
 

@@ -139,7 +139,7 @@ def _under_targets(data: TrainingData, index: int) -> float:
     if data.decoder_targets is not None:
         steps = _log_probs(data.decoder_targets, recording)
         return float(-steps[np.arange(len(steps)), [*tokens, data.tokenizer.eos]].mean())
-    assert data.ctc_targets is not None  # `checks.curriculum.without_targets`
+    assert data.ctc_targets is not None  # `checks.ordering.unordered_by_targets`
     frames = torch.from_numpy(_log_probs(data.ctc_targets, recording))[:, None]  # [T', 1, V]
     loss = F.ctc_loss(
         frames, torch.tensor([tokens]), torch.tensor([len(frames)]), torch.tensor([len(tokens)]),

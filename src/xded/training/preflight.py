@@ -10,7 +10,7 @@ import torch
 
 from xded.augment_audio import shortest_s
 from xded.checks import data, labels, targets, training
-from xded.checks.curriculum import without_targets
+from xded.checks.ordering import unordered_by_targets
 from xded.config import Config
 from xded.corpus.folds import Provenance, guard
 from xded.corpus.manifest import Recording, read_corpus
@@ -116,7 +116,7 @@ def preflight(
     if sorted(frozen, reverse=True) != frozen:
         raise ConfigError("A stage with a frozen encoder follows one that trains it.", "Put the frozen stages first.")
     check_layers(job.config, student)
-    without = without_targets(job.config, bool(stores) and all(s.index.spelled_only for s in stores.values()))
+    without = unordered_by_targets(job.config, bool(stores) and all(s.index.spelled_only for s in stores.values()))
     if without is not None:
         raise ConfigError(f"{job.name} {without[0]}", without[1])
     Words.of([tuple(job.tokenizer.encode(r.text)) for r in job.train], [r.speaker for r in job.train], job.config.train)
