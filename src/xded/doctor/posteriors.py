@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,13 +25,13 @@ from xded.models.recogniser import tokenizer_of
 from xded.scoring import Prediction, is_right, read_predictions
 from xded.targets.store import Index, Kind, Posterior, Store
 from xded.teachers.adapt import Teachers, parts_of
+from xded.teachers.posteriors import KINDS
 from xded.tokenizer import NORMALISERS, Tokenizer, normalise
 
 if TYPE_CHECKING:
     from xded.doctor.given import Given
     from xded.doctor.run_folder import RunFolder
 
-KINDS: Final[tuple[Kind, ...]] = ("ctc", "decoder")
 SAMPLED = 200  # recordings whose numbers are looked at, spread over the speakers
 LEAST_OF_SPEAKER = 8  # of them, of every speaker: teachers are judged by their own
 COMPARED = 16  # recordings whose average is computed again, or whose posteriors are compared bit by bit

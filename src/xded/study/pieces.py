@@ -108,7 +108,7 @@ def average_teachers(checkpoints: Sequence[Path], out: Path) -> None:
     save(average(checkpoints), out / "best.pt")
 
 
-def aggregate_all(
+def make_targets(
     folders: dict[str, Path],
     heard_by: dict[str, tuple[Recording, ...]],
     recordings: Sequence[Recording],

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from xded.config import Config, ObjectiveConfig, TeachConfig, TrainConfig
 from xded.corpus.manifest import Corpus, Recording
-from xded.study.pieces import aggregate_all, average_teachers, fit_job
+from xded.study.pieces import average_teachers, fit_job, make_targets
 from xded.study.plan import Attempt, Study, StudyError
 from xded.study.steps import Pieces, key_of, settings
 from xded.targets.weighting import PARENT, need_sense
@@ -19,7 +19,7 @@ from xded.teachers.posteriors import extract
 from xded.training.job import Job
 
 # of these the parent is independent
-OF_TEACHERS = ("teach.teacher.", "teach.rehearsal")
+KEYS_OF_TEACHERS = ("teach.teacher.", "teach.rehearsal")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Teaching(Pieces):
         return config.model_copy(update={"objective": objective, "train": TrainConfig(), "teach": teach})
 
     def _parent(self, config: Config) -> tuple[Job, str]:
-        known = {name: value for name, value in settings(config).items() if not name.startswith(OF_TEACHERS)}
+        known = {name: value for name, value in settings(config).items() if not name.startswith(KEYS_OF_TEACHERS)}
         key = key_of("parent", known, self.given_tokenizer(config), self.everyone)
         if key not in self._parents:
             job = parent_job(self.corpus, config, self.split_of(config), self.folder("parents", key))
@@ -182,7 +182,7 @@ class Teaching(Pieces):
         key = key_of("targets", needs, settings(config, "target.", "objective.temperature"), train_hash)
         folder = self.folder("targets", key)
         work = partial(
-            aggregate_all, folders, heard_by, tuple(train), self.corpus.path, config, folder, found.tokenizer,
+            make_targets, folders, heard_by, tuple(train), self.corpus.path, config, folder, found.tokenizer,
             parent.weights if parent else None,
         )  # fmt: skip
         return self.add(key, "targets", f"targets of {len(chosen)} teachers", folder, needs, work), folder

@@ -21,7 +21,7 @@ from xded.targets.aggregate import combine, top_k
 from xded.targets.store import Entry, Index, Kind, Posterior, Store, StoreWriter, TargetError, audio_hash, read_index
 from xded.targets.weighting import PARENT, Evidence, accuracies, closeness_of, fits, listened_to, need_sense, weigh
 from xded.teachers.adapt import Teachers, parts_of
-from xded.teachers.posteriors import KINDS, extract
+from xded.teachers.posteriors import KINDS, extract, extracted_kinds
 from xded.tokenizer import Tokenizer, normalise
 from xded.training.data import TrainingData
 from xded.training.evaluation import batches
@@ -33,8 +33,7 @@ def _extract_job(job: tuple[Path, str, tuple[Recording, ...], Config, Path, tupl
 
 def kinds_of(config: Config) -> tuple[Kind, ...]:
     """What can be aggregated: frames of different recordings do not line up, their words and decoder steps do."""
-    kinds: tuple[Kind, ...] = KINDS if config.target.heard == "same_audio" else ("decoder",)
-    return (*kinds, "words") if "words" in config.objective.kinds else kinds
+    return tuple(k for k in extracted_kinds(config) if k != "ctc" or config.target.heard == "same_audio")
 
 
 def needs_parent(config: Config) -> bool:
