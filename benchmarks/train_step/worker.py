@@ -31,8 +31,10 @@ class Xded(nn.Module):
         super().__init__()
         from xded.config import FeatureConfig, ModelConfig
         from xded.features import LogMel
+        from xded.models import processor
         from xded.models.conformer import Conformer
 
+        processor.prepare()
         self.front_end = LogMel(FeatureConfig())
         config = ModelConfig(
             size=None, width=case["width"], encoder_layers=case["layers"], heads=4, kernel=31, feed_forward_factor=4,

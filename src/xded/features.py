@@ -97,7 +97,7 @@ class LogMel(nn.Module):
         )
         power = spectrum.real.square() + spectrum.imag.square()  # [B, F, T]
         features = torch.log(torch.matmul(self.filterbank, power) + LOG_FLOOR)
-        return features.transpose(1, 2), self.frames(samples)
+        return features.transpose(1, 2).contiguous(), self.frames(samples)
 
     @torch.no_grad()
     def forward(self, waveforms: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:

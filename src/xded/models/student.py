@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from xded.config import FeatureConfig, ModelConfig
 from xded.features import LogMel, valid_mask
+from xded.models import processor
 from xded.models.conformer import Conformer
 from xded.models.hugging_face import HuggingFaceEncoder, HuggingFaceFrontEnd
 
@@ -46,6 +47,7 @@ class Student(nn.Module):
 
     def __init__(self, config: ModelConfig, vocabulary: int, features: FeatureConfig | None = None) -> None:
         super().__init__()
+        processor.prepare()
         features = features or FeatureConfig()
         self.config, self.vocabulary = config, vocabulary
         self.front_end: LogMel | HuggingFaceFrontEnd
