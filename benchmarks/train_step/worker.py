@@ -1,7 +1,8 @@
 """One library's training step, in that library's environment: `worker.py LIBRARY CASE_JSON`, a step for each line read.
 
-LIBRARY is `xded`, `nemo` or `speechbrain`. Of a step every part but front end and encoder is the same code for all.
-Answers are JSON lines: first what was built, then the seconds of each step.
+LIBRARY is `xded` (ours.py), `nemo`, `speechbrain` or `transformers`. The others' front ends and encoders have the same
+heads and loss, written here with torch's own modules. Answers are JSON lines: first what was built, then the seconds of
+each step.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import math
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
@@ -24,26 +26,6 @@ VOCABULARY = 5_000
 TOKENS = 6
 DECODER_LAYERS, DECODER_FEED_FORWARD = 4, 1_024
 DROPOUT = 0.1
-
-
-class Xded(nn.Module):
-    def __init__(self, case: dict[str, Any]) -> None:
-        super().__init__()
-        from xded.config import FeatureConfig, ModelConfig
-        from xded.features import LogMel
-        from xded.models import processor
-        from xded.models.conformer import Conformer
-
-        processor.prepare()
-        self.front_end = LogMel(FeatureConfig())
-        config = ModelConfig(
-            size=None, width=case["width"], encoder_layers=case["layers"], heads=4, kernel=31, feed_forward_factor=4,
-            subsampling_channels=case["channels"], dropout=DROPOUT,
-        )  # fmt: skip
-        self.encoder = Conformer(config, MELS)
-
-    def forward(self, waveforms: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
-        return self.encoder(*self.front_end(waveforms, samples))
 
 
 class Nemo(nn.Module):
@@ -97,6 +79,32 @@ class SpeechBrain(nn.Module):
         return encoded, (shares * encoded.shape[1]).round().long()
 
 
+class Transformers(nn.Module):
+    """transformers' Parakeet encoder, of random weights; the front end is this project's (theirs has no tensors in)."""
+
+    def __init__(self, case: dict[str, Any]) -> None:
+        super().__init__()
+        from transformers import ParakeetEncoder, ParakeetEncoderConfig
+
+        from xded.config import FeatureConfig
+        from xded.features import LogMel
+
+        self.front_end = LogMel(FeatureConfig())
+        config = ParakeetEncoderConfig(
+            hidden_size=case["width"], num_hidden_layers=case["layers"], num_attention_heads=4,
+            intermediate_size=4 * case["width"], conv_kernel_size=31, subsampling_factor=4,
+            subsampling_conv_channels=case["channels"], num_mel_bins=MELS, dropout=DROPOUT, attention_dropout=DROPOUT,
+            activation_dropout=DROPOUT, layerdrop=0.0,
+        )  # fmt: skip
+        self.encoder = ParakeetEncoder(config)
+
+    def forward(self, waveforms: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
+        features, lengths = self.front_end(waveforms, samples)
+        valid = torch.arange(features.shape[1])[None] < lengths[:, None]
+        output = self.encoder(features, attention_mask=valid)
+        return output.last_hidden_state, output.attention_mask.sum(1)
+
+
 class Heads(nn.Module):
     """CTC head and attention decoder of the reference study's size."""
 
@@ -121,32 +129,63 @@ class Heads(nn.Module):
         return 0.5 * ctc + F.kl_div(self.out(hidden).log_softmax(-1), target, reduction="batchmean")
 
 
+class Peer:
+    """Another library's front end and encoder, with heads and a batch."""
+
+    def __init__(
+        self, library: str, case: dict[str, Any], waveforms: Tensor, samples: Tensor, tokens: Tensor, target: Tensor
+    ) -> None:
+        self.batch, self.frozen = (waveforms, samples, tokens, target), bool(case.get("frozen"))
+        kind = {"nemo": Nemo, "speechbrain": SpeechBrain, "transformers": Transformers}[library]
+        self.encoder: nn.Module = kind(case).train()
+        self.heads = Heads(case["width"]).train()
+        if self.frozen:
+            self.encoder.requires_grad_(False).eval()
+        learning = [p for module in (self.encoder, self.heads) for p in module.parameters() if p.requires_grad]
+        self.groups = [{"params": learning}]
+
+    def loss(self) -> Tensor:
+        """Forward and loss."""
+        waveforms, samples, tokens, target = self.batch
+        with torch.no_grad() if self.frozen else nullcontext():
+            encoded, lengths = self.encoder(waveforms, samples)
+        return self.heads.loss(encoded, lengths, tokens, target)
+
+
 def peak_mb() -> float:
     """Largest resident size so far (Linux)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e6
 
 
+def made_up_batch(count: int, seconds: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Waveforms [B, N], samples [B], tokens [B, U], posteriors of the decoder [B, U, V]."""
+    waveforms = 0.1 * torch.randn(count, round(seconds * RATE))
+    tokens = torch.randint(3, VOCABULARY, (count, TOKENS))
+    samples = torch.full((count,), waveforms.shape[1])
+    return waveforms, samples, tokens, torch.randn(count, TOKENS, VOCABULARY).softmax(-1)
+
+
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")  # what the libraries print goes elsewhere
     os.dup2(2, 1)
-    library, case = sys.argv[1], json.loads(sys.argv[2])
+    library, case = sys.argv[1], {"dropout": DROPOUT, **json.loads(sys.argv[2])}
     torch.set_num_threads(case["threads"])
     torch.manual_seed(0)
-    model = {"xded": Xded, "nemo": Nemo, "speechbrain": SpeechBrain}[library](case).train()
-    heads = Heads(case["width"]).train()
-    parameters = [p for module in (model, heads) for p in module.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    waveforms = 0.1 * torch.randn(case["batch"], round(case["seconds"] * RATE))
-    samples = torch.full((case["batch"],), waveforms.shape[1])
-    tokens = torch.randint(3, VOCABULARY, (case["batch"], TOKENS))
-    target = torch.randn(case["batch"], TOKENS, VOCABULARY).softmax(-1)
+    batch = made_up_batch(case["batch"], case["seconds"])
+    if library == "xded":
+        from ours import Xded
+
+        trained: Any = Xded(case, *batch)
+    else:
+        trained = Peer(library, case, *batch)
+    optimizer = torch.optim.AdamW(trained.groups, lr=1e-4, fused=True)
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
 
     def step() -> dict[str, float]:
         started, cpu_started = perf_counter(), process_time()
         optimizer.zero_grad(set_to_none=True)
-        encoded, lengths = model(waveforms, samples)
-        loss = heads.loss(encoded, lengths, tokens, target)
+        loss = trained.loss()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -156,8 +195,7 @@ def main() -> None:
     def answer(**values: Any) -> None:
         print(json.dumps(values), file=answers, flush=True)
 
-    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    answer(encoder_parameters=learning, parameters=learning + sum(p.numel() for p in heads.parameters()))
+    answer(encoder_parameters=sum(p.numel() for p in trained.encoder.parameters()))
     for _ in sys.stdin:
         answer(**step(), peak_mb=peak_mb())
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from xded.config import ModelConfig
 from xded.features import valid_mask
 from xded.models import collective
+from xded.models.depthwise import depthwise
 from xded.models.style import mix_style, whiten
 
 
@@ -187,15 +188,7 @@ class Convolution(nn.Module):
     def forward(self, values: Tensor, mask: Tensor) -> Tensor:
         """[B, T, D] and mask [B, T] -> [B, T, D]."""
         gated = F.glu(self.pointwise1(values), dim=2) * mask[:, :, None]
-        # as a convolution in two dimensions: [B, T, D] is then its channels-last layout, and no copy is made
-        kernel = self.depthwise
-        local = F.conv2d(
-            gated.transpose(1, 2)[:, :, None],
-            kernel.weight[:, :, None],
-            kernel.bias,
-            padding=(0, int(kernel.padding[0])),
-            groups=kernel.groups,
-        )[:, :, 0].transpose(1, 2)
+        local = depthwise(gated, self.depthwise.weight, self.depthwise.bias)
         return self.pointwise2(F.silu(self.norm(local, mask)))
 
 
