@@ -22,8 +22,8 @@ from xded.decoding import word_list_scores
 from xded.errors import ConfigError
 from xded.models.recogniser import load_recogniser
 from xded.targets.aggregate import combine, dense, top_k
+from xded.targets.asking import PARENT
 from xded.targets.store import Entry, Index, Kind, Posterior, Store, StoreWriter, TargetError, audio_hash, read_index
-from xded.targets.weighting import PARENT
 from xded.teachers.adapt import Teachers, parts_of, teach
 from xded.teachers.aggregation import aggregate_all, make_targets, voices_of
 from xded.teachers.posteriors import extract
@@ -194,6 +194,8 @@ def test_spelled_only_keeps_exactly_the_recordings_that_are_spelled(council: Cou
         right = {r.recording for r in council.train if council.heard("t1", r) == r.text}
         assert 0 < len(right) < len(council.train)
         assert {e.recording for e in kept[kind].index.recordings} == right
+        assert everything[kind].dropped == frozenset()
+        assert kept[kind].dropped == {r.recording for r in council.train} - right
         for recording in council.train:
             assert (recording.recording in kept[kind]) == (recording.recording in right)
             spells = everything[kind].entry(recording.recording).text == recording.text
@@ -290,7 +292,7 @@ def test_stores_of_earlier_versions_are_read(council: Council, tmp_path: Path) -
     council.decide(tmp_path)
     path = tmp_path / "ctc" / "index.json"
     told = json.loads(path.read_text())
-    for name in ("asked", "best", "spelled_only", "words"):
+    for name in ("asked", "best", "spelled_only", "dropped", "words"):
         del told[name]
     for row in told["recordings"]:
         del row["text"]
@@ -304,6 +306,26 @@ def test_stores_of_earlier_versions_are_read(council: Council, tmp_path: Path) -
     )
     assert store.entry(council.train[0].recording).text is None
     assert len(store.read(council.train[0].recording).ids) == 8
+
+
+def test_who_was_never_asked_about_was_not_dropped(council: Council, tmp_path: Path) -> None:
+    folders, asked = {"t1": council.folder / "t1"}, {"t1": council.train[:-5]}
+    config = config_of(spelled_only=True)
+    aggregate_all(folders, asked, council.train, council.corpus, council.tokenizer, config, tmp_path)
+    store = Store(tmp_path / "ctc")
+    assert store.dropped
+    assert not any(r.recording in store or r.recording in store.dropped for r in council.train[-5:])
+
+
+def test_a_store_that_does_not_say_what_it_dropped_is_made_anew(council: Council, tmp_path: Path) -> None:
+    """Earlier versions did not: nothing told what was dropped from what was missing."""
+    council.decide(tmp_path, ("t1",), spelled_only=True)
+    path = tmp_path / "ctc" / "index.json"
+    told = json.loads(path.read_text())
+    del told["dropped"]
+    path.write_text(json.dumps(told))
+    with pytest.raises(TargetError, match=r"not on record which recordings were dropped.*Delete .* make it anew"):
+        Store(tmp_path / "ctc")
 
 
 # --- posteriors of real teachers -------------------------------------------------------------------------------
@@ -466,4 +488,5 @@ def test_the_command_says_who_was_not_asked_and_how_many_are_heard(
     assert (told["teachers"], told["effective_teachers"]) == (["parent", "t2"], 1.0)
     strange = call(*common, "--spelled-only")
     assert strange.code == 0
-    assert "recordings have no target: no mean spells their text." in strange.out
+    dropped = len(read_index(tmp_path / "ctc").dropped)
+    assert f"  {dropped} recordings have no target: no mean spells their text." in strange.out

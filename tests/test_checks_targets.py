@@ -148,6 +148,19 @@ def test_training_recordings_without_targets(made: Made, kept: int, severity: st
     assert (found.evidence["covered"], found.evidence["of"]) == (kept, 72)
 
 
+def test_targets_that_were_dropped_are_told_from_those_that_are_missing(made: Made) -> None:
+    index, names = made.index("ctc"), [r.recording for r in made.recordings]
+    left = {"recordings": index.recordings[40:], "dropped": tuple(names[:40])}
+    part = index.model_copy(update=left)
+    found = only(indexes.coverage(part, made.recordings, WHERE), "target-coverage", "note")
+    assert (found.evidence["dropped"], found.evidence["of"]) == (40, 72)
+    part = index.model_copy(update={**left, "recordings": index.recordings[60:]})
+    gaps, dropped = indexes.coverage(part, made.recordings, WHERE)
+    assert dropped == found
+    assert only([gaps], "target-coverage", "warn").evidence["covered"] == 12
+    assert gaps.evidence["of"] == 32
+
+
 def test_a_strict_choice_of_prompts_is_worth_a_note(made: Made) -> None:
     index = made.index("decoder", heard="same_prompt")
     part = index.model_copy(update={"recordings": index.recordings[:20]})

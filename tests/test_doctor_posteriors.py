@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save
 
-from made_targets import KINDS, TEACHERS, TOKENIZER, Made, make, permuted, shifted, write_corpus
+from made_targets import (
+    KINDS,
+    TEACHERS,
+    TEMPERATURE,
+    TOKENIZER,
+    WORDS,
+    Made,
+    make,
+    permuted,
+    shifted,
+    write_corpus,
+)
 from tiny_corpus import tiny_config
 from tiny_corpus import write_corpus as write_tones
 from xded.corpus.folds import make_fold
@@ -21,6 +32,7 @@ from xded.doctor.run_folder import RunFolder
 from xded.errors import XdedError
 from xded.findings import Examination
 from xded.scoring import Prediction, write_predictions
+from xded.targets.aggregate import combine, top_k
 from xded.targets.store import Index, Kind, Store
 from xded.teachers.adapt import Teachers, parts_of, teach
 from xded.teachers.aggregation import make_targets
@@ -241,11 +253,128 @@ def test_a_corpus_of_other_recordings_is_said(tmp_path: Path, corpus: Corpus) ->
     assert any("no corpus that was given has its recordings" in u.why for u in found.unchecked)
 
 
+# --- listed words ----------------------------------------------------------------------------------------------
+
+
+LISTED = tuple(sorted(WORDS))
+
+
+def over_words(made: Made) -> Made:
+    """The same teachers, asked for listed words: a sure one each, mostly the right one."""
+    made.said["words"], made.noted["words"] = {}, {}
+    for number, teacher in enumerate(TEACHERS):
+        random = np.random.default_rng([7, number])
+        made.said["words"][teacher], made.noted["words"][teacher] = {}, {}
+        for recording in made.recordings:
+            logits = random.normal(0, 0.7, len(LISTED))
+            logits[LISTED.index(recording.text)] += 5.0
+            soft = np.exp(logits / TEMPERATURE) / np.exp(logits / TEMPERATURE).sum()
+            log_prob = logits[LISTED.index(recording.text)] - np.log(np.exp(logits).sum())
+            made.said["words"][teacher][recording.recording] = top_k(soft[None].astype(np.float32), 6, np.zeros(1))
+            made.noted["words"][teacher][recording.recording] = float(log_prob)
+    return made
+
+
+def write_words(root: Path, made: Made, average: bool = True, **fields: object) -> Path:
+    """Their stores beside the others, as `xded targets` lays them out with objective.word_kd."""
+    common = {"vocabulary": len(LISTED), "words": LISTED, "top_k": 6, **fields}
+    if average:
+        rows = made.said["words"]
+        made.averages["words"] = {
+            r: top_k(combine([rows[t][r] for t in TEACHERS], [1] * 3, "logprob_mean", len(LISTED)), 6, np.zeros(1))
+            for r in rows["T1"]
+        }
+    made.write_one(root / "words", made.averages["words"], made.index("words", **common))
+    for teacher in TEACHERS:
+        index = made.index("words", teacher, **common)
+        made.write_one(root / "posteriors" / teacher / "words", made.said["words"][teacher], index)
+    return root
+
+
+@pytest.fixture
+def words(corpus: Corpus) -> Made:
+    return over_words(make(recordings=corpus.recordings))
+
+
+def test_healthy_words_pass_every_check(tmp_path: Path, corpus: Corpus, words: Made) -> None:
+    found = diagnose(write_words(words.write(tmp_path), words), corpus)
+    assert (found.findings, found.unchecked) == ([], [])
+    passed = {p.check for p in found.passed if p.detail.startswith("words")}
+    assert passed == {"normalisation", "target-text", "effective-teachers", "copied-teacher", "target-coverage"}
+
+
+def test_words_that_are_no_distribution_or_not_listed(tmp_path: Path, corpus: Corpus, words: Made) -> None:
+    shorter = write_words(tmp_path / "shorter", words, words=LISTED[:-1])
+    found = diagnose(shorter, corpus)
+    assert ("refuse", "normalisation") in problems(found)
+    assert found.findings[0].evidence["faults"].keys() == {"an id outside the vocabulary"}
+    for posterior in words.said["words"]["T2"].values():
+        posterior.probabilities *= 0.5
+    found = diagnose(write_words(tmp_path / "halved", words, average=False), corpus)
+    assert problems(found) == [("refuse", "normalisation")]
+    assert found.findings[0].evidence["stores"].keys() == {"posteriors/T2/words"}
+
+
+def test_words_of_other_recordings(tmp_path: Path, corpus: Corpus, words: Made) -> None:
+    root = write_words(words.write(tmp_path / "whole"), words)
+    words.averages["words"] = permuted(words.averages["words"])
+    found = diagnose(write_words(root, words, average=False), corpus)
+    assert problems(found) == [("refuse", "target-text")]
+    assert "words targets of 16 of 16 sampled recordings are not the mean" in found.findings[0].what
+    alone = tmp_path / "alone"
+    shutil.copytree(root / "words", alone / "words")
+    shutil.copyfile(root / "tokenizer.model", alone / "tokenizer.model")
+    found = diagnose(alone, corpus)  # or is it that nobody knows a word?
+    assert problems(found) == [("warn", "target-text")]
+    assert "or their teachers know no word" in found.findings[0].effect
+
+
+def test_answers_about_words_under_other_names(tmp_path: Path, corpus: Corpus, words: Made) -> None:
+    words.said["words"] = {teacher: permuted(said) for teacher, said in words.said["words"].items()}
+    root = write_words(words.write(tmp_path), words)
+    shutil.rmtree(root / "words")
+    found = diagnose(root, corpus)
+    assert problems(found) == [("refuse", "target-text")]
+    assert "the true text has another probability than was noted" in found.findings[0].what
+
+
+def test_a_list_of_words_that_is_off_by_one(tmp_path: Path, corpus: Corpus, words: Made) -> None:
+    root = words.write(tmp_path)
+    found = diagnose(write_words(root, words, words=(*LISTED[1:], LISTED[0])), corpus)
+    assert problems(found) == [("refuse", "token-offset")]
+
+
+def test_weak_answers_about_words_are_no_fault(tmp_path: Path, corpus: Corpus, words: Made) -> None:
+    """They always say a word of the corpus; more often the right one than by chance is enough."""
+    right = {n: p for i, (n, p) in enumerate(words.said["words"]["T1"].items()) if i % 5 == 0}
+    wrong = permuted(words.said["words"]["T1"])
+    words.averages["words"] = {name: right.get(name, wrong[name]) for name in wrong}
+    shutil.rmtree(write_words(words.write(tmp_path), words, average=False) / "posteriors")
+    assert problems(diagnose(tmp_path, corpus)) == []
+
+
+def test_words_that_a_run_lacks(tmp_path: Path, corpus: Corpus, words: Made) -> None:
+    root = write_words(words.write(tmp_path / "targets"), words)
+    run = run_of(root, corpus, word_kd=1.0)
+    assert problems(diagnose(root, corpus, runs=[run])) == []
+    some = list(words.averages["words"].items())[:20]
+    words.averages["words"] = dict(some)
+    found = diagnose(write_words(root, words, average=False), corpus, runs=[run])
+    assert [f.what for f in found.findings if f.check == "target-coverage"] == [
+        "The words targets cover 20 of 66 training recordings (30 %), and none of T2, T3."
+    ]
+    shutil.rmtree(root / "words")
+    found = diagnose(root, corpus, runs=[run])
+    assert any(u.what.startswith("the words targets of") for u in found.unchecked)
+
+
 # --- runs and cross-tests -----------------------------------------------------------------------------------
 
 
-def run_of(root: Path, corpus: Corpus, temperature: float = 2.0, held_out: tuple[str, ...] = ()) -> RunFolder:
-    objective = {"ctc_kd": 1.0, "decoder_kd": 1.0, "temperature": temperature}
+def run_of(
+    root: Path, corpus: Corpus, temperature: float = 2.0, held_out: tuple[str, ...] = (), **weights: float
+) -> RunFolder:
+    objective = {"ctc_kd": 1.0, "decoder_kd": 1.0, "temperature": temperature, **weights}
     config = tiny_config(objective=objective, targets=str(root), corpus=str(corpus.path), fold={"held_out": held_out})
     return RunFolder(root.parent / "run", config)
 

@@ -23,7 +23,7 @@ from xded.models.student import Student
 from xded.study.plan import uses_targets
 from xded.targets.store import Store, StoreWriter, TargetError
 from xded.teachers.posteriors import extract
-from xded.training import status
+from xded.training import guide, status
 from xded.training.auxiliary import Auxiliary
 from xded.training.data import Batch, TrainingData, collate
 from xded.training.losses import loss_parts, temperature_at, weighted_sum
@@ -64,18 +64,17 @@ def targets(corpus: Corpus, parent: Path, tmp_path_factory: pytest.TempPathFacto
     return out
 
 
-def without(targets: Path, out: Path, recordings: tuple[str, ...], **fields: Any) -> Path:
-    """A copy of targets from which some recordings were left out on purpose."""
+def without(targets: Path, out: Path, recordings: tuple[str, ...], missing: tuple[str, ...] = ()) -> Path:
+    """A copy of targets from which some recordings were dropped on purpose, and others are missing."""
     for kind in ("ctc", "decoder", "words"):
         (out / kind).mkdir(parents=True)
         store = Store(targets / kind)
-        entries = tuple(e for e in store.index.recordings if e.recording not in recordings)
-        index = store.index.model_copy(update={"recordings": entries, **{"spelled_only": True, **fields}})
-        said = {entry.recording: store.read(entry.recording) for entry in entries}
-
-        writer = StoreWriter(out / kind, index.model_copy(update={"recordings": ()}))
-        for entry in entries:
-            writer.add(entry, said[entry.recording])
+        writer = StoreWriter(out / kind, store.index.model_copy(update={"spelled_only": True, "recordings": ()}))
+        for entry in store.index.recordings:
+            if entry.recording in recordings:
+                writer.drop(entry.recording)
+            elif entry.recording not in missing:
+                writer.add(entry, store.read(entry.recording))
         writer.close()
     return out
 
@@ -159,8 +158,9 @@ def test_a_recording_without_a_target_counts_nothing_and_needs_no_nan(
     nobody = served(replace(corpus, recordings=corpus.recordings[2:4]), other, some, 2)
     for name in ALL_OF_TEACHERS:
         assert parts_of(nobody, other, temperature_end=1.0)[name] == 0.0
-    with pytest.raises(TargetError, match="holds nothing about recording"):  # not on purpose
-        served(corpus, other, without(targets, tmp_path / "gaps", left_out, spelled_only=False), count)
+    gaps = without(targets, tmp_path / "gaps", left_out[:1], left_out[1:])
+    with pytest.raises(TargetError, match=f"holds nothing about recording '{left_out[1]}'"):  # not on purpose
+        served(corpus, other, gaps, count)
 
 
 def test_gradient_reaches_the_encoder_from_every_part(corpus: Corpus, parent: Path, targets: Path) -> None:
@@ -254,6 +254,13 @@ def test_the_auxiliary_weights_are_trained_and_come_back(
     assert all(not torch.equal(kept[name], first[name]) for name in first)
 
 
+def test_the_guide_is_read_once(corpus: Corpus, wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    monkeypatch.setattr(guide, "load_recogniser", lambda path: (read.append(path), load_recogniser(path))[1])
+    fit(job_for(corpus, tmp_path, objective={"feature_kd": 1.0}, train={**STAGES, "guide": wide}), quiet=True)
+    assert read == [wide]
+
+
 def test_what_has_no_weight_changes_nothing(corpus: Corpus, wide: Path, tmp_path: Path) -> None:
     """Also the schedules: without teachers they have nothing to change."""
     fit(job_for(corpus, tmp_path / "plain", train=STAGES), quiet=True)
@@ -273,10 +280,20 @@ def test_recordings_that_teachers_do_not_spell_still_train(corpus: Corpus, targe
     fit(job, quiet=True)
     assert len(job.train) == count
     assert f"of {count} training recordings covered" in status.read_status(job.out)["targets"]
-    gaps = without(targets, tmp_path / "gaps", tuple(r.recording for r in corpus.recordings[:5]), spelled_only=False)
-    job = job_for(corpus, tmp_path / "others", objective={"ctc_kd": 1.0}, train=STAGES, targets=gaps)
+
+
+def test_a_gap_beside_what_was_dropped_is_no_purpose(corpus: Corpus, targets: Path, tmp_path: Path) -> None:
+    """It is said, and left out of training, as without `spelled_only`."""
+    job = job_for(corpus, tmp_path / "run", objective={"ctc_kd": 1.0}, train=STAGES)
+    names = [r.recording for r in job.train]
+    gaps = without(targets, tmp_path / "gaps", tuple(names[:3]), tuple(names[3:5]))
+    job = job_for(corpus, tmp_path / "run", objective={"ctc_kd": 1.0}, train=STAGES, targets=gaps)
     fit(job, quiet=True)
-    assert len(job.train) < count
+    assert [r.recording for r in job.train] == [*names[:3], *names[5:]]
+    findings = json.loads((job.out / "findings.json").read_text())["findings"]
+    said = [f["what"] for f in findings if f["check"] == "target-coverage"]
+    assert any(f"cover {len(names) - 5} of {len(names) - 3} training recordings" in what for what in said)
+    assert any(what.startswith(f"3 of {len(names)} training recordings have no ctc target on purpose") for what in said)
 
 
 # --- refusals --------------------------------------------------------------------------------------------------

@@ -263,6 +263,22 @@ def test_a_killed_run_ends_like_an_unbroken_one(
     assert_identical_runs(unbroken(name), tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("changes", "kill"),
+    [
+        ({**WORDS, "stages": [{"epochs": 1, "peak_lr": 1e-3}]}, in_batch(2)),  # not everyone is served at all
+        ({**WORDS, "speakers_per_word": 4, "stages": [{"epochs": 2, "peak_lr": 1e-3}]}, in_batch(5)),
+        ({"stages": [{"epochs": 1, "peak_lr": 1e-3}]}, in_batch(3)),
+    ],
+)
+def test_a_run_says_whom_it_heard_though_no_process_was_served_everyone(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], kill: Kill
+) -> None:
+    fit(job_for(corpus, tmp_path / "unbroken", train={**PLAIN, **changes}), quiet=True)
+    break_and_resume(job_for(corpus, tmp_path / "run", train={**PLAIN, **changes}), monkeypatch, kill)
+    assert_identical_runs(tmp_path / "unbroken", tmp_path / "run")
+
+
 @pytest.mark.slow
 def test_a_run_killed_again_and_again(
     corpus: Corpus, parent: Path, unbroken: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -26,6 +26,7 @@ from xded.training.job import Job
 
 FROM_PARENT: dict[str, Any] = {"start": "parent", "controls": True}
 SHARED: dict[str, Any] = {**FROM_PARENT, "recordings": "shared"}
+KINDS = ("parent", "teacher", "posteriors", "targets", "attempt")
 WITHHELD = {"without": SHARED, "distilled": {**SHARED, **CTC_KD}, "with all": FROM_PARENT}
 
 
@@ -81,7 +82,8 @@ def test_withheld_recordings_reach_their_own_teachers_and_attempts_with_all_alon
     assert everyone(attempts["with all"]) == {"c1", "c2", "t2", "t3", "t4"}
     asked = [speakers(s.work.args[2]) for s in work.steps if s.kind == "posteriors"]  # type: ignore[attr-defined]
     assert len(asked) == 3  # the teachers of the withheld speakers are listened to
-    assert all(heard == {"c1", "c2", "t1", "t3"} for heard in asked)
+    # those of controls alone serve the folds in which t1 trains
+    assert all(heard == {"c1", "c2", "t3"} | ({"t1"} if parent_on == "controls" else set()) for heard in asked)
     (targets,) = [s.work.args[2] for s in work.steps if s.kind == "targets"]  # type: ignore[attr-defined]
     assert speakers(targets) == {"c1", "c2", "t3"}
 
@@ -195,6 +197,31 @@ def test_an_attempt_may_choose_teachers_to_start_from_without_listening(corpus: 
     assert {s.kind for s in work.steps} == {"parent", "teacher", "soup", "attempt"}
     with pytest.raises(StudyError, match=r"never listens to\. .*start: teachers"):
         build({"name": "s", "attempts": {"a": {"teachers": "band", "start": "parent"}}}, "x")
+
+
+def test_the_mean_of_the_teachers_weights_listens_in_their_place(corpus: Corpus, tmp_path: Path) -> None:
+    attempts = {"each": {**CTC_KD}, "mean": {**CTC_KD, "ask": "mean"}}
+    outcome = run_tiny(tiny_study(corpus, attempts, held_out=["t1"]), tmp_path)
+    titles = [step.title for step in outcome.work.steps if step.kind == "posteriors"]
+    assert sorted(titles) == [
+        *(f"posteriors of teacher t{n}" for n in (2, 3, 4)), "posteriors of the mean of the teachers' weights"
+    ]  # fmt: skip
+    each, mean = (next(c for c in outcome.work.cells if c.attempt == name) for name in ("each", "mean"))
+    effective = [json.loads((c.targets / "effective.json").read_text())["ctc"] for c in (each, mean) if c.targets]
+    assert effective == [3.0, 1.0]
+    known = load_recogniser(mean.run / "best.pt").provenance
+    assert {"teacher t2", "teacher t3", "teacher t4", "parent"} <= {p.what for p in known}
+
+
+def test_one_recogniser_cannot_be_weighed_by_teacher(corpus: Corpus, tmp_path: Path) -> None:
+    attempts = {"mean": {"ask": "mean", "set": {"objective.ctc_kd": 1.0, "target.weighting": "reliability"}}}
+    with pytest.raises(StudyError, match=r"'mean' asks the mean .* target\.weighting reliability"):
+        plan(corpus, tmp_path, attempts)
+
+
+def test_nobody_is_asked_for_an_attempt_that_does_not_listen() -> None:
+    with pytest.raises(StudyError, match="asks the mean of its teachers' weights, and never listens"):
+        build({"name": "s", "attempts": {"a": {"ask": "mean", "start": "teachers"}}}, "x")
 
 
 # --- larger teachers ----------------------------------------------------------------------------------------
@@ -330,6 +357,37 @@ def test_what_a_student_does_without_targets_is_kept_and_changes_no_teacher(corp
     assert weights == {"plain": 0.0, "consistent": 5.0}
     warmer = {"plain": {"start": "parent", "set": {"objective.temperature": 3.0, "objective.temperature_end": 1.0}}}
     assert plan(corpus, tmp_path, warmer).cells[0].key == work.cells[0].key
+
+
+# --- what teachers are asked --------------------------------------------------------------------------------
+
+
+def asked_of(work: Work) -> dict[str, set[str]]:
+    """Whose recordings each teacher is asked about."""
+    pieces = [s.work.args for s in work.steps if s.kind == "posteriors"]  # type: ignore[attr-defined]
+    return {teacher: speakers(recordings) for _, teacher, recordings, *_ in pieces}
+
+
+def test_teachers_of_one_fold_are_asked_about_its_held_out_speaker_where_an_attempt_hears_it(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    of_fold, others = with_teach(rehearsal=1.0), {"t2", "t3", "t4"}
+    attempts = {"a": CTC_KD, "included": {**CTC_KD, "include_held_out": True}}
+    alone, beside = (plan(corpus, tmp_path, a, config=of_fold) for a in ({"a": CTC_KD}, attempts))
+    assert asked_of(alone) == dict.fromkeys(sorted(others), others)
+    assert asked_of(beside) == {teacher: {"t1", *others} for teacher in sorted(others)}
+    assert asked_of(plan(corpus, tmp_path, {"a": CTC_KD})) == asked_of(beside)  # teachers of all folds
+    # other questions are other pieces, and neither targets nor students change
+    one, two = ({kind: {s.key for s in work.steps if s.kind == kind} for kind in KINDS} for work in (alone, beside))
+    assert not one["posteriors"] & two["posteriors"]
+    assert all(one[kind] <= two[kind] for kind in ("parent", "teacher", "targets", "attempt"))
+
+
+def test_a_study_asks_as_xded_targets_does(corpus: Corpus, tmp_path: Path) -> None:
+    attempts = {"a": {"controls": True, "set": {"objective.ctc_kd": 1.0, "target.asked": "own"}}}
+    work = plan(corpus, tmp_path, attempts, config=with_teach(rehearsal=1.0))
+    assert asked_of(work) == {"parent": {"c1", "c2"}, **{f"t{n}": {f"t{n}"} for n in (2, 3, 4)}}
+    assert run_tiny(tiny_study(corpus, attempts, held_out=["t1"]), tmp_path / "run").complete
 
 
 # --- what the tables say ------------------------------------------------------------------------------------

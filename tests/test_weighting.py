@@ -14,16 +14,15 @@ from xded.config import TargetConfig, Weighting
 from xded.corpus.manifest import Recording
 from xded.errors import ConfigError
 from xded.targets.aggregate import top_k
+from xded.targets.asking import PARENT
 from xded.targets.store import Entry, Posterior, TargetError
 from xded.targets.weighting import (
     CLOSENESS_SCALE,
-    PARENT,
     Evidence,
     accuracies,
     closeness_of,
     confidence,
     fits,
-    listened_to,
     need_sense,
     weigh,
 )
@@ -259,17 +258,7 @@ def test_a_teacher_without_a_voice_is_refused() -> None:
     assert "likelihood" in error.value.remedy
 
 
-# --- who is asked ----------------------------------------------------------------------------------------------
-
-
-def test_who_is_listened_to() -> None:
-    there = ("a", "b", PARENT)
-    assert listened_to(there, "a", "all") == ["a", "b"]
-    assert listened_to(there, "a", "own") == ["a"]
-    assert listened_to(there, "control", "own") == [PARENT]
-    assert listened_to(("a", "b"), "control", "own") == []
-    assert listened_to(there, "b", "own_and_parent") == ["b", PARENT]
-    assert listened_to(there, "control", "own_and_parent") == [PARENT]
+# --- what goes together ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -242,7 +242,8 @@ def rows_of_others(
     """Whether posteriors give the true texts the probability that was noted when they were made.
 
     Args:
-        said, noted: posteriors and `true_log_prob`, by teacher and recording; tokens: of the true texts, without </s>.
+        said, noted: posteriors and `true_log_prob`, by teacher and recording; tokens: of the true texts, without </s>;
+            of listed words, the place of the true one.
         index: of one of the teachers (kind, temperature, vocabulary); tokenizer: theirs; subject: what the finding is
             about.
     """
@@ -273,6 +274,8 @@ def rows_of_others(
 
 def true_log_prob(posterior: Posterior, tokens: Sequence[int], index: Index, tokenizer: Tokenizer) -> float:
     """Log-probability a token of a text at T = 1, from a posterior as stored; -inf where it does not fit."""
+    if index.kind == "words":
+        return float(sharpened(posterior, tokens, index.temperature, index.vocabulary)[0, 0])
     wanted = list(dict.fromkeys([tokenizer.blank, *tokens, tokenizer.eos]))
     log_probs = sharpened(posterior, wanted, index.temperature, index.vocabulary)  # [T, distinct tokens]
     places = [wanted.index(token) for token in tokens]

@@ -315,12 +315,18 @@ def find_tokenizer(fingerprint: str, tokenizers: Collection[Tokenizer]) -> Token
 def coverage(index: Index, recordings: Sequence[Recording], subject: str) -> list[Finding]:
     """Whether targets cover the training recordings.
 
-    Control speakers may have none, and with `same_prompt` many prompts have too few teachers: that is worth a note.
+    Control speakers may have none, with `same_prompt` many prompts have too few teachers, and targets may have been
+    dropped on purpose: that is worth a note.
 
     Args:
         index: of the targets; recordings: what the student trains on; subject: what the finding is about.
     """
-    there = {entry.recording for entry in index.recordings}
+    there, dropped = {entry.recording for entry in index.recordings}, set(index.dropped)
+    wanted = [r for r in recordings if r.recording not in dropped]
+    return [*_missing(index, wanted, there, subject), *_dropped(index, len(recordings), len(wanted), subject)]
+
+
+def _missing(index: Index, recordings: Sequence[Recording], there: Collection[str], subject: str) -> list[Finding]:
     missing = Counter(r.speaker for r in recordings if r.recording not in there)
     if not missing:
         return []
@@ -328,19 +334,33 @@ def coverage(index: Index, recordings: Sequence[Recording], subject: str) -> lis
     wanted = Counter(r.speaker for r in recordings if r.role == "target")
     without = sorted(s for s, count in wanted.items() if missing[s] == count)
     share = 1 - sum(missing[s] for s in wanted) / max(wanted.total(), 1)
-    gaps = index.heard == "same_audio" and not index.spelled_only and bool(without or share < LEAST_COVERED)
+    gaps = index.heard == "same_audio" and bool(without or share < LEAST_COVERED)
     return [
         Finding(
             "target-coverage", "refuse" if not covered else "warn" if gaps else "note", subject,
             f"The {index.kind} targets cover {covered} of {len(recordings)} training recordings "
             f"({100 * covered / len(recordings):.0f} %)"
             + (f", and none of {few(without)}." if without else "."),
-            "The student learns the others from their text alone." if index.spelled_only and covered
-            else "The student trains on the covered recordings only: the others are left out." if covered
+            "The student trains on the covered recordings only: the others are left out." if covered
             else "There is nothing to learn from: they are targets of another corpus or fold.",
             "Make the targets anew from this corpus and fold"
             + (", or use --coverage all." if index.heard == "same_prompt" else ". " + REMAKE),
             {"covered": covered, "of": len(recordings), "missing_by_speaker": dict(missing), "without": without},
+        )
+    ]  # fmt: skip
+
+
+def _dropped(index: Index, of: int, left: int, subject: str) -> list[Finding]:
+    if left == of:
+        return []
+    return [
+        Finding(
+            "target-coverage", "note", subject,
+            f"{of - left} of {of} training recordings have no {index.kind} target on purpose: no mean spells their "
+            "text (spelled_only).",
+            "The student learns them from their text alone.",
+            "Make the targets without --spelled-only where teachers are to be imitated in their errors too.",
+            {"dropped": of - left, "of": of},
         )
     ]  # fmt: skip
 

@@ -87,8 +87,11 @@ def spikes_of(posterior: Posterior, blank: int, shift: int = 0) -> Spikes:
     return Spikes(tuple(tokens), tuple(frames))
 
 
-def text_of(posterior: Posterior, kind: Kind, tokenizer: Tokenizer, shift: int = 0) -> str:
-    """The most probable text; ids that the tokenizer does not have are left out."""
+def text_of(posterior: Posterior, kind: Kind, tokenizer: Tokenizer, shift: int = 0, words: Sequence[str] = ()) -> str:
+    """The most probable text; ids that the tokenizer, or the list of words, does not have are left out."""
+    if kind == "words":
+        place = int(best_path(posterior)[0][0]) + shift
+        return words[place] if 0 <= place < len(words) else ""
     if kind == "ctc":
         tokens: Sequence[int] = spikes_of(posterior, tokenizer.blank, shift).tokens
     else:
@@ -215,30 +218,33 @@ def forced_predictions(heard: Mapping[str, Sequence[Heard]], mode: str, subject:
 
 
 def target_text(
-    said: Mapping[str, Posterior], kind: Kind, tokenizer: Tokenizer, texts: Mapping[str, str], subject: str
-) -> list[Finding]:
+    said: Mapping[str, Posterior], kind: Kind, tokenizer: Tokenizer, texts: Mapping[str, str], subject: str,
+    words: Sequence[str] = (),
+) -> list[Finding]:  # fmt: skip
     """Whether targets say what their recordings say; where not, whether with other ids or other rows they would.
 
     Targets that say nothing, or nothing that is a text of the corpus, are weak, not wrong: that is no finding here.
+    Those of listed words always say a text: by chance, where they are weak.
 
     Args:
         said: by recording; kind: of the targets; tokenizer: theirs.
         texts: normalised, of all recordings that are known, in the order of the store.
-        subject: what the finding is about.
+        subject: what the finding is about; words: the list, with kind words.
     """
     names = [name for name in said if name in texts]
-    heard = {name: text_of(said[name], kind, tokenizer) for name in names}
+    heard = {name: text_of(said[name], kind, tokenizer, words=words) for name in names}
     right = sum(heard[name] == texts[name] for name in names)
     known = Counter(texts.values())
     listed = [name for name in names if heard[name] in known]
     outputs, wanted = Counter(heard[name] for name in listed), Counter(texts[name] for name in listed)
     chance = sum(count * wanted[text] for text, count in outputs.items()) / max(len(listed), 1) ** 2
     by_chance = binom.sf(right - 1, max(len(listed), 1), chance) > SIGNIFICANT
-    confident = len(listed) > CONFIDENT * len(names) and right < CLEARLY * len(listed)
+    confident = not words and len(listed) > CONFIDENT * len(names) and right < CLEARLY * len(listed)
     if not names or not (by_chance or confident):
         return []
     by_shift = {
-        shift: sum(text_of(said[name], kind, tokenizer, shift) == texts[name] for name in names) for shift in SHIFTS
+        shift: sum(text_of(said[name], kind, tokenizer, shift, words) == texts[name] for name in names)
+        for shift in SHIFTS
     }
     best = max(by_shift, key=lambda shift: by_shift[shift])
     if by_shift[best] > max(CLEARLY * len(names), 2 * right, LEAST_OWN):
@@ -254,10 +260,11 @@ def target_text(
     where = f" {rolls[roll]} of them say the text of the recording {roll:+d} places away." if clear else ""
     return [
         Finding(
-            "target-text", "refuse" if by_chance else "warn", subject,
+            "target-text", "refuse" if by_chance and (clear or not words) else "warn", subject,
             f"{len(listed)} of {len(names)} sampled {kind} targets say a word of the corpus, but only {right} say that "
             f"of their own recording (by chance: {100 * chance:.1f} %).{where}",
-            "They are other recordings' targets: the student is taught other words than it hears.", REMAKE,
+            "They are other recordings' targets" + (", or their teachers know no word" if words else "")
+            + ": the student is taught other words than it hears.", REMAKE,
             {"listed": len(listed), "of": len(names), "right": right, "chance": chance,
              "roll": roll if clear else None, "right_when_rolled": rolls[roll]},
         )

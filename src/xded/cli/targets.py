@@ -111,8 +111,8 @@ def _make(tree: Config, teachers: Path, out: Path, jobs: int, as_json: bool) -> 
             f"({row['effective_teachers']} effective{by_band if row['effective_by_band'] else ''}), "
             f"{row['megabytes']} MB in {out / kind}"
         )
-        if row["recordings"] < row["of"] and row["spelled_only"]:
-            typer.echo(f"  {row['of'] - row['recordings']} recordings have no target: no mean spells their text.")
+        if row["dropped"]:
+            typer.echo(f"  {row['dropped']} recordings have no target: no mean spells their text.")
 
 
 def _not_asked(teachers: Teachers, fold: Fold, index: Index) -> dict[str, str]:
@@ -133,5 +133,6 @@ def _summary(index: Index, folder: Path, recordings: int, bands: Mapping[str, st
         "effective_teachers": round(index.effective_teachers, 2),
         "effective_by_band": {band: round(by_band[band], 2) for band in BANDS if band in by_band},
         "spelled_only": index.spelled_only,
+        "dropped": len(index.dropped),
         "megabytes": round(sum(file.stat().st_size for file in folder.iterdir()) / 2**20, 2),
     }

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from xded.doctor.given import Given
     from xded.doctor.run_folder import RunFolder
 
+EVERY_KIND: tuple[Kind, ...] = get_args(Kind)
 SAMPLED = 200  # recordings whose numbers are looked at, spread over the speakers
 LEAST_OF_SPEAKER = 8  # of them, of every speaker: teachers are judged by their own
 COMPARED = 16  # recordings whose average is computed again, or whose posteriors are compared bit by bit
@@ -72,8 +73,8 @@ def stores_in(folder: Path) -> list[Path]:
     if _is_store(folder):
         return [folder]
     teachers = (folder / "posteriors", *([folder] if folder.name == "posteriors" else []))
-    found = [folder / kind for kind in KINDS]
-    found += [one / kind for above in teachers if above.is_dir() for one in sorted(above.iterdir()) for kind in KINDS]
+    folders = [folder, *(one for above in teachers if above.is_dir() for one in sorted(above.iterdir()))]
+    found = [one / kind for one in folders for kind in EVERY_KIND]
     return [path for path in found if _is_store(path) or (path.is_dir() and not any(path.iterdir()))]
 
 
@@ -170,7 +171,7 @@ class _Examiner:
             self._against_corpus()
         for run in self.users:
             self._coverage(run)
-        for kind in KINDS:
+        for kind in EVERY_KIND:
             if kind in self.one.targets or kind in self.one.posteriors:
                 self._numbers(kind)
 
@@ -251,7 +252,7 @@ class _Examiner:
         """Whether the targets cover what a run trains on."""
         assert run.config is not None
         config = run.config
-        for kind in (kind for kind in KINDS if kind in config.objective.kinds):
+        for kind in (kind for kind in EVERY_KIND if kind in config.objective.kinds):
             if kind not in self.one.targets:
                 self.examination.cannot(f"the {kind} targets of {run.path}", f"{self.subject} has none.")
             elif self.corpus is not None:
@@ -293,7 +294,8 @@ class _Examiner:
             every[kind] = aggregate
         blank = self._blank(p for rows in every.values() for p in rows.values()) if kind == "ctc" else None
         of = f"{kind}: {len(shared)} of {len(first.index.recordings)} recordings, {len(said)} teachers"
-        found = numbers.normalisation(every, first.index.vocabulary, self.subject)
+        known = len(first.index.words) if kind == "words" else first.index.vocabulary
+        found = numbers.normalisation(every, known, self.subject)
         self._run("normalisation", lambda subject: found, detail=of)
         if found:
             self.examination.cannot(f"what the {kind} posteriors in {self.subject} say", "they are no probabilities.")
@@ -321,7 +323,8 @@ class _Examiner:
             for store, rows in [(target, aggregate)] if target else [(teachers[t], rows) for t, rows in said.items()]:
                 order = [e.recording for e in store.index.recordings if e.recording in self.texts]
                 texts = {name: self.texts[name] for name in order}
-                found = found or spelling.target_text(rows, kind, self.tokenizer, texts, self.subject)
+                words = store.index.words
+                found = found or spelling.target_text(rows, kind, self.tokenizer, texts, self.subject, words)
         if any(finding.severity == "refuse" for finding in found):
             return found
         return self._not_the_mean(target, aggregate, said) or self._not_as_noted(kind, said) or found
@@ -346,7 +349,9 @@ class _Examiner:
         teachers = self.one.posteriors[kind]
         noted = {t: {name: teachers[t].entry(name).true_log_prob for name in rows} for t, rows in said.items()}
         index = teachers[next(iter(said))].index
-        return numbers.rows_of_others(said, noted, self.tokens, index, self.tokenizer, self.subject)
+        place = {word: [number] for number, word in enumerate(index.words)}
+        ids = {name: place.get(text, []) for name, text in self.texts.items()} if place else self.tokens
+        return numbers.rows_of_others(said, noted, ids, index, self.tokenizer, self.subject)
 
     def _ctc(self, aggregate: Said, said: Mapping[str, Said], blank: int, of: str) -> None:
         """Spikes, and what every teacher recognises."""

@@ -68,6 +68,11 @@ class Attempt(Section):
         description="whose posteriors are aggregated (or weights averaged): all, those of the held-out speaker's band, "
         "or these",
     )
+    ask: Literal["each", "mean"] = Field(
+        "each",
+        description="whose posteriors are the targets: each teacher's, aggregated, or those of the mean of their weights, "
+        "which listens once where K teachers listen K times",
+    )
     updates: int | None = Field(None, ge=1, description="of this attempt in place of the study's: a control, say so")
     expected: float | None = Field(None, description="WRA that was hoped for, per cent; never mixed with results")
 
@@ -353,10 +358,20 @@ def _require_sense(config: Config, attempt: Attempt, who: str) -> None:
             f"{who} chooses teachers ({attempt.teachers}) that it never listens to.",
             "Give it objective.ctc_kd or objective.decoder_kd, or start: teachers, or leave teachers out.",
         )
+    if attempt.ask == "mean" and not listens:
+        raise StudyError(
+            f"{who} asks the mean of its teachers' weights, and never listens.",
+            "Give it objective.ctc_kd or objective.decoder_kd, or leave ask out.",
+        )
     if listens and attempt.recordings == "shared" and config.target.heard == "same_prompt":
         raise StudyError(
             f"{who} asks teachers about their own speakers' recordings (same_prompt), and some are withheld.",
             "Set target.heard to same_audio, or recordings to all.",
+        )
+    if attempt.ask == "mean" and not listens:
+        raise StudyError(
+            f"{who} asks the mean of its teachers' weights, and never listens.",
+            "Give it objective.ctc_kd or objective.decoder_kd, or leave ask out.",
         )
     if listens and attempt.recordings == "shared" and config.target.weighting == "embedding":
         raise StudyError(

@@ -106,8 +106,8 @@ class Planner(Teaching):
         start, needs = self._start(attempt, name, config, found, held_out)
         targets = None
         if found is not None and hears:
-            chosen = self.chosen(attempt, name, found, held_out)
-            key, targets = self.targets(own, parts.train, hashes[0], found, chosen)
+            council = self.council(attempt, name, own, found, held_out)
+            key, targets = self.targets(own, parts.train, hashes[0], found, council)
             needs.append(key)
         else:
             own = without_targets(own)

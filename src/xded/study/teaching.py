@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,8 @@ from xded.corpus.manifest import Corpus, Recording
 from xded.study.pieces import average_teachers, fit_job, make_targets
 from xded.study.plan import Attempt, Study, StudyError
 from xded.study.steps import Pieces, key_of, settings
-from xded.targets.weighting import PARENT, need_sense
+from xded.targets.asking import PARENT, questions
+from xded.targets.weighting import need_sense
 from xded.teachers.adapt import parent_job, taught, teacher_jobs
 from xded.teachers.aggregation import listed_words, needs_parent
 from xded.teachers.posteriors import extract
@@ -20,6 +21,8 @@ from xded.training.job import Job
 
 # of these the parent is independent
 KEYS_OF_TEACHERS = ("teach.teacher.", "teach.rehearsal")
+MEAN = "mean"  # asked in place of the teachers
+UNNAMED = {PARENT: "the parent", MEAN: "the mean of the teachers' weights"}  # who is asked and is nobody's teacher
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,12 @@ class Made:
 
 @dataclass(frozen=True)
 class TeacherSet:
-    """Parent and teachers of a fold, by speaker, and their tokenizer."""
+    """Parent and teachers of a fold, by speaker, and their tokenizer; `everywhere`: they serve other folds too."""
 
     parent: Made
     teachers: dict[str, Made]
     tokenizer: Path
+    everywhere: bool
 
 
 class Teaching(Pieces):
@@ -51,7 +55,7 @@ class Teaching(Pieces):
         super().__init__(study, corpus, out)
         self._parents: dict[str, Job] = {}
         self._sets: dict[str, dict[str, Made]] = {}
-        self._questions: dict[tuple[str | frozenset[str], frozenset[str]], tuple[tuple[Recording, ...], str]] = {}
+        self._spoken: dict[tuple[frozenset[str], frozenset[str]], tuple[tuple[Recording, ...], str]] = {}
 
     def withheld(self, config: Config, held_out: Sequence[str]) -> tuple[str, ...]:
         """Whose recordings do not travel in a fold."""
@@ -79,7 +83,8 @@ class Teaching(Pieces):
         kept = {speaker: teacher for speaker, teacher in made.items() if speaker not in held_out}
         if not kept:
             raise StudyError(f"The fold without {', '.join(held_out)} has no teacher.", "Hold out fewer speakers.")
-        return TeacherSet(Made(parent_key, parent.out), kept, parent.out.parent / "tokenizer.model")
+        everywhere = shared and not config.teach.rehearsal
+        return TeacherSet(Made(parent_key, parent.out), kept, parent.out.parent / "tokenizer.model", everywhere)
 
     def _plain(self, config: Config) -> Config:
         """What parent and teachers depend on: nothing that is said of the students' training or listening."""
@@ -148,14 +153,41 @@ class Teaching(Pieces):
         self.add(key, "soup", f"mean of {len(made)} teachers' weights", folder, [t.key for t in made], work)
         return Made(key, folder)
 
-    def targets(
-        self, config: Config, train: Sequence[Recording], train_hash: str, found: TeacherSet, chosen: Sequence[str]
-    ) -> tuple[str, Path]:
-        """Posteriors of every chosen teacher, then the aggregate.
+    def council(
+        self, attempt: Attempt, name: str, config: Config, found: TeacherSet, held_out: tuple[str, ...]
+    ) -> dict[str, Made]:
+        """Who is asked for an attempt's targets: its teachers by speaker, or the mean of their weights.
 
-        Teachers are asked about all recordings of the roles that train, held-out speakers too: one piece serves the
-        attempts that include them, those that do not, and with shared teachers all folds. About withheld recordings
-        nobody is asked for an attempt that goes without them.
+        Raises:
+            StudyError: teachers are told apart, and the mean of their weights is one recogniser.
+        """
+        chosen = self.chosen(attempt, name, found, held_out)
+        if attempt.ask == "each":
+            return {speaker: found.teachers[speaker] for speaker in chosen}
+        usual = {"weighting": "uniform", "asked": "all", "heard": "same_audio"}
+        for key, value in usual.items():
+            if getattr(config.target, key) != value:
+                raise StudyError(
+                    f"Attempt '{name}' asks the mean of its teachers' weights, and target.{key} "
+                    f"{getattr(config.target, key)} tells teachers apart.",
+                    f"Give it target.{key}: {value}, or ask: each.",
+                )
+        return {MEAN: self.soup(found, chosen)}
+
+    def targets(
+        self,
+        config: Config,
+        train: Sequence[Recording],
+        train_hash: str,
+        found: TeacherSet,
+        teachers: Mapping[str, Made],
+    ) -> tuple[str, Path]:
+        """Posteriors of every teacher of a council, then the aggregate.
+
+        Teachers are asked about all recordings of the roles that train, so that one piece serves many attempts: about
+        held-out speakers too where attempts include them, or teachers serve the folds that train on them. About
+        withheld recordings nobody is asked for an attempt that goes without them. What else a teacher was asked
+        changes no target: targets know it by what it would say of everything.
         """
         need_sense(config.target)
         # how T moves while the student trains is no concern of what is stored
@@ -164,35 +196,39 @@ class Teaching(Pieces):
         made = settings(config, "target.top_k", "target.heard", "objective.temperature")
         words = listed_words(self.corpus, config)
         roles, withheld = frozenset(r.role for r in train), frozenset(config.fold.withhold)
-        needs, folders, heard_by = [], {}, {}
-        council = {speaker: found.teachers[speaker] for speaker in chosen}
+        included = found.everywhere or any(attempt.include_held_out for attempt in self.study.attempts.values())
+        useless = frozenset(() if included else config.fold.held_out)
+        pool, of_pool = self._spoken_by(roles, withheld | useless)
+        asked = questions(self.corpus, list(teachers), pool, config.target)
+        council = dict(teachers)
         if config.target.asked != "all":
             council[PARENT] = found.parent
+        needs, known, folders = [], [], {}
         for speaker, teacher in council.items():
-            asked, heard = self._asked(speaker if config.target.heard == "same_prompt" else roles, withheld)
-            heard_by[speaker] = asked
-            key = key_of("posteriors", teacher.key, made, heard, *words)
-            folders[speaker] = self.folder("posteriors", key)
-            work = partial(extract, teacher.weights, speaker, asked, config, folders[speaker], words)
-            title = "posteriors of the parent" if speaker == PARENT else f"posteriors of teacher {speaker}"
-            needs.append(self.add(key, "posteriors", title, folders[speaker], (teacher.key,), work))
+            rows = asked.get(speaker, ())
+            heard = of_pool if rows is pool else self.heard(rows)
+            widest = heard if config.target.heard == "same_prompt" else self._spoken_by(roles, withheld)[1]
+            known.append(key_of("posteriors", teacher.key, made, widest, *words))
+            if rows:
+                key = key_of("posteriors", teacher.key, made, heard, *words)
+                folders[speaker] = self.folder("posteriors", key)
+                work = partial(extract, teacher.weights, speaker, rows, config, folders[speaker], words)
+                title = f"posteriors of {UNNAMED.get(speaker, f'teacher {speaker}')}"
+                needs.append(self.add(key, "posteriors", title, folders[speaker], (teacher.key,), work))
         parent = found.parent if needs_parent(config) else None
-        if parent is not None and parent.key not in needs:
-            needs.append(parent.key)
-        key = key_of("targets", needs, settings(config, "target.", "objective.temperature"), train_hash)
+        of_parent = [] if parent is None else [parent.key]
+        told = settings(config, "target.", "objective.temperature")
+        key, needs = key_of("targets", [*known, *of_parent], told, train_hash), [*needs, *of_parent]
         folder = self.folder("targets", key)
         work = partial(
-            make_targets, folders, heard_by, tuple(train), self.corpus.path, config, folder, found.tokenizer,
+            make_targets, folders, asked, tuple(train), self.corpus.path, config, folder, found.tokenizer,
             parent.weights if parent else None,
         )  # fmt: skip
-        return self.add(key, "targets", f"targets of {len(chosen)} teachers", folder, needs, work), folder
+        return self.add(key, "targets", f"targets of {len(teachers)} teachers", folder, needs, work), folder
 
-    def _asked(self, whom: str | frozenset[str], withheld: frozenset[str]) -> tuple[tuple[Recording, ...], str]:
-        """Recordings of a speaker or of some roles, and their hash; made once, as there may be 100,000 of them."""
-        if (whom, withheld) not in self._questions:
-            if isinstance(whom, str):
-                rows = self.corpus.select(speakers=[whom])
-            else:
-                rows = tuple(r for r in self.corpus.recordings if r.role in whom and r.speaker not in withheld)
-            self._questions[whom, withheld] = rows, self.heard(rows)
-        return self._questions[whom, withheld]
+    def _spoken_by(self, roles: frozenset[str], without: frozenset[str]) -> tuple[tuple[Recording, ...], str]:
+        """Recordings of some roles, and their hash; made once, as there may be 100,000 of them."""
+        if (roles, without) not in self._spoken:
+            rows = tuple(r for r in self.corpus.recordings if r.role in roles and r.speaker not in without)
+            self._spoken[roles, without] = rows, self.heard(rows)
+        return self._spoken[roles, without]

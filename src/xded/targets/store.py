@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
@@ -69,9 +69,16 @@ class Index(BaseModel):
     asked: Asked = "all"
     best: int | None = None
     spelled_only: bool = False  # recordings whose aggregate does not spell their text have no target, on purpose
+    dropped: tuple[str, ...] = ()  # these recordings
     words: tuple[str, ...] = ()  # that ids stand for, with kind words
     provenance: tuple[Provenance, ...]  # what the teachers and their parent have heard
     recordings: tuple[Entry, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.spelled_only and "dropped" not in self.model_fields_set:
+            raise ValueError("spelled_only, and it is not on record which recordings were dropped")
+        return self
 
     @property
     def effective_teachers(self) -> float:
@@ -118,6 +125,7 @@ class StoreWriter:
     folder: Path
     index: Index
     _entries: list[Entry] = field(default_factory=list)
+    _dropped: list[str] = field(default_factory=list)
     # values one after the other: thousands of small arrays kept between large ones would hold on to gigabytes
     _pending: dict[str, bytearray] = field(default_factory=dict)
     _waiting: int = 0  # recordings
@@ -135,6 +143,10 @@ class StoreWriter:
         self._waiting += 1
         if self._waiting == RECORDINGS_PER_SHARD:
             self._flush()
+
+    def drop(self, recording: str) -> None:
+        """Notes that a recording has no target, on purpose."""
+        self._dropped.append(recording)
 
     @property
     def _types(self) -> dict[str, type[np.generic]]:
@@ -156,7 +168,8 @@ class StoreWriter:
     def close(self) -> Index:
         """Writes the last shard, then the index (atomically)."""
         self._flush()
-        index = self.index.model_copy(update={"recordings": tuple(self._entries)})
+        rows = {"recordings": tuple(self._entries), "dropped": tuple(self._dropped)}
+        index = self.index.model_copy(update=rows)
         temporary = self.folder / "index.json.tmp"
         temporary.write_text(index.model_dump_json(indent=None), encoding="utf-8")
         temporary.replace(self.folder / "index.json")
@@ -189,6 +202,7 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.index = folder, read_index(folder)
+        self.dropped = frozenset(self.index.dropped)  # these learn from their text alone
         self._place = {entry.recording: i for i, entry in enumerate(self.index.recordings)}
         ends = np.cumsum([0, *(entry.steps for entry in self.index.recordings)])  # as if all shards were one
         self._shard_of = np.arange(len(ends)) // RECORDINGS_PER_SHARD
@@ -196,7 +210,7 @@ class Store:
         self._loaded: dict[int, Mapping[str, np.ndarray]] = {}
 
     def __contains__(self, recording: str) -> bool:
-        """Whether there is a target; with `index.spelled_only` a recording without one learns from its text alone."""
+        """Whether there is a target."""
         return recording in self._place
 
     def entry(self, recording: str) -> Entry:

@@ -1,4 +1,4 @@
-"""Whom to believe: who is listened to about a recording, with which weight, and who of them is left out.
+"""Whom to believe: with which weight teachers are listened to about a recording, and who of them is left out.
 
 Evidence beyond the recording itself is of training recordings only: whoever gathers it passes those and no others.
 """
@@ -11,14 +11,14 @@ from typing import Final
 
 import numpy as np
 
-from xded.config import Asked, TargetConfig, Weighting
+from xded.config import TargetConfig, Weighting
 from xded.corpus.manifest import BANDS, Recording
 from xded.errors import ConfigError, few
 from xded.targets.aggregate import LEAST
+from xded.targets.asking import PARENT
 from xded.targets.store import Entry, Posterior, TargetError
 from xded.tokenizer import normalise
 
-PARENT: Final = "parent"  # asked beside the teachers, as a generalist: it has no speaker of its own
 CLOSENESS_SCALE: Final = 0.5  # cosine that makes a weight e times as large: a twin has 7 times a stranger's
 WHOLE = "Make the posteriors anew with this version: 'xded targets' into an empty folder. "
 KNOWN = "Posteriors from elsewhere do not say it: weigh those with uniform, confidence or band."
@@ -80,18 +80,6 @@ def need_sense(config: TargetConfig) -> None:
             f"target.coverage '{config.coverage}' counts teachers, and target.asked {config.asked} asks one.",
             "Give --coverage all, or --asked all.",
         )
-
-
-def listened_to(teachers: Collection[str], speaker: str, asked: Asked) -> list[str]:
-    """Who is listened to about a recording of `speaker`, of those who can say something about it.
-
-    `all` the teachers; `own`: that of the speaker, or the parent where there is none; `own_and_parent`: both of them.
-    """
-    if asked == "all":
-        return [teacher for teacher in teachers if teacher != PARENT]
-    if asked == "own":
-        return [speaker] if speaker in teachers else [PARENT] if PARENT in teachers else []
-    return [teacher for teacher in teachers if teacher in (speaker, PARENT)]
 
 
 def weigh(

@@ -18,8 +18,9 @@ from xded.models.checkpoints import load
 from xded.models.recogniser import load_recogniser, provenance_of
 from xded.parallel import run_all
 from xded.targets.aggregate import combine, top_k
+from xded.targets.asking import PARENT, listened_to, questions
 from xded.targets.store import Entry, Index, Kind, Posterior, Store, StoreWriter, TargetError, audio_hash, read_index
-from xded.targets.weighting import PARENT, Evidence, accuracies, closeness_of, fits, listened_to, need_sense, weigh
+from xded.targets.weighting import Evidence, accuracies, closeness_of, fits, need_sense, weigh
 from xded.teachers.adapt import Teachers, parts_of
 from xded.teachers.posteriors import KINDS, extract, extracted_kinds
 from xded.tokenizer import Tokenizer, normalise
@@ -93,7 +94,7 @@ def make_targets(
     ready = {speaker: imported[speaker] for speaker in speakers if speaker in imported}
     paths = {speaker: teachers.teacher(speaker) / "best.pt" for speaker in speakers if speaker not in ready}
     test_takes = frozenset(r.take for r in parts_of(corpus, fold, config).test)
-    asked = questions(corpus, speakers, recordings, config, test_takes)
+    asked = questions(corpus, speakers, recordings, config.target, test_takes)
     if PARENT in asked and parent is not None:
         paths[PARENT] = parent
     used = dict.fromkeys([*(paths[s] for s in paths if s in asked), *([parent] if parent else [])])
@@ -139,31 +140,6 @@ def _parent_of(teachers: Teachers, config: Config, speakers: Sequence[str]) -> P
         f"{teachers.folder} has no parent, and {why}.",
         "Train it with 'xded teach', or ask all teachers (--asked all) and weigh them in another way.",
     )
-
-
-def questions(
-    corpus: Corpus,
-    speakers: Sequence[str],
-    recordings: Sequence[Recording],
-    config: Config,
-    test_takes: frozenset[str] = frozenset(),
-) -> dict[str, tuple[Recording, ...]]:
-    """Recordings that each teacher (and the parent, where it is listened to) is asked about; none: not asked at all.
-
-    Args:
-        speakers: who has a teacher. recordings: what the student will train on. test_takes: never asked about.
-    """
-    if config.target.heard == "same_prompt":
-        return {s: tuple(r for r in corpus.select(speakers=[s]) if r.take not in test_takes) for s in speakers}
-    how, asked = config.target.asked, {}
-    everything = how == "all" or config.target.weighting == "accuracy"  # of other speakers
-    council = {*speakers, PARENT}
-    about = {speaker: listened_to(council, speaker, how) for speaker in {r.speaker for r in recordings}}
-    for teacher in (*speakers, *((PARENT,) if how != "all" else ())):
-        rows = [r for r in recordings if everything or teacher in about[r.speaker]]
-        if rows:
-            asked[teacher] = tuple(rows)
-    return asked
 
 
 def check_imported(folder: Path, corpus: Corpus, config: Config) -> list[Index]:
@@ -286,7 +262,7 @@ class _Council:
         weighting = config.target.weighting
         entries = {s: store.index.recordings for s, store in stores.items()}
         self.evidence = Evidence(
-            bands={s: corpus.band_of(s) for s in stores if s != PARENT},
+            bands={s: corpus.band_of(s) for s in stores if s != PARENT} if weighting == "band" else {},
             accuracy=accuracies(entries, recordings, tokenizer.normaliser) if weighting == "accuracy" else {},
             fit=fits(entries, recordings) if weighting == "likelihood" else {},
             closeness=closeness_of(voices[0], stores) if voices else {},
@@ -332,7 +308,9 @@ class _Council:
             if not heard:
                 continue
             entry, posterior = self._target(recording, heard)
-            if not how.spelled_only or self._spells(entry, recording):
+            if how.spelled_only and not self._spells(entry, recording):
+                writer.drop(recording.recording)
+            else:
                 writer.add(entry, posterior)
         return writer.close()
 
@@ -368,11 +346,9 @@ class _Council:
 
 def spelled(posterior: Posterior, index: Index, tokenizer: Tokenizer) -> str:
     """The most probable text: greedy CTC, decoder steps up to </s>, or the most probable word."""
-    if index.kind == "ctc":
-        return text_of(posterior, "ctc", tokenizer)
+    if index.kind != "decoder":
+        return text_of(posterior, index.kind, tokenizer, words=index.words)
     best = best_path(posterior)[0].tolist()
-    if index.kind == "words":
-        return index.words[best[0]]
     return tokenizer.decode(best[: best.index(tokenizer.eos)] if tokenizer.eos in best else best)
 
 

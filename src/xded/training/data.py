@@ -211,8 +211,7 @@ class TrainingData(Dataset[dict]):
             said["words"] = [(self._encoded(listed[ids[i]]), float(probabilities[i])) for i in best]
         if self.text_targets is not None:
             store = self.text_targets
-            there = not store.index.spelled_only or recording in store
-            said["heard"] = self._encoded(store.entry(recording).text or "") if there else []
+            said["heard"] = [] if recording in store.dropped else self._encoded(store.entry(recording).text or "")
         return said
 
     def _encoded(self, text: str) -> list[int]:
@@ -223,12 +222,12 @@ class TrainingData(Dataset[dict]):
 
 
 def read_or_nothing(store: Store, recording: str, steps: int) -> Posterior:
-    """A target; one without any mass, whose losses are 0, where the teachers are not believed on purpose.
+    """A target; one without any mass, whose losses are 0, where it was dropped because teachers do not spell the text.
 
     Raises:
         TargetError: there is none although there should be.
     """
-    if recording in store or not store.index.spelled_only:
+    if recording not in store.dropped:
         return store.read(recording)
     width = store.read(store.index.recordings[0].recording).ids.shape[1]  # stored posteriors may be narrower than top_k
     empty = np.zeros((steps, width), np.float32)

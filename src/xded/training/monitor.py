@@ -82,7 +82,8 @@ def loaded(student: nn.Module, weights: Mapping[str, Tensor], of: Iterable[str] 
 
 
 class DataCard:
-    """RUN/data.json: whose audio was really opened, beside who was meant. Written until both sides were served whole.
+    """RUN/data.json: whose audio was really opened, beside who was meant. Written until both sides were served whole,
+    and at the end of the run at the latest.
 
     Args:
         out: run folder; sides: `train` and `validation` as they are served; meant: their recordings as the split named
@@ -100,13 +101,24 @@ class DataCard:
         self.out, self.sides, self.meant, self.corpus, self.test_takes = out, sides, meant, corpus, test_takes
         self.due = True
 
-    def end_epoch(self, *, validated: bool) -> None:
-        """Writes the card when every training recording was served since this process was started."""
+    def end_epoch(self, *, validated: bool, before: Iterable[Sequence[int]] | None = None) -> None:
+        """Writes the card when every training recording was served since this process was started, or the run ends.
+
+        Batches of words serve everyone in several epochs only: a run may end before, or have gone on in between.
+
+        Args:
+            before: at the end of the run, the batches (as in `training.order`) that earlier processes were served. If
+                they left no card, their recordings are opened again.
+        """
         if not self.due:
             return
         data = self.sides["train"]
+        late = before is not None and not (self.out / DATA_CARD).is_file()
+        for index in {index % len(data) for batch in before or () for index in batch} if late else ():
+            if data.recordings[index].recording not in data.opened:
+                data.plain()[0, index]
         _gather(data)
-        if len(data.opened) == len(data):
+        if late or len(data.opened) == len(data):
             self.due = bool(self.meant["validation"]) and not validated
             if collective.rank() == 0:
                 write_atomically(self.out / DATA_CARD, json.dumps(self.content(), indent=1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 
@@ -19,7 +19,7 @@ from xded.findings import CHECKS, Examination, Finding
 from xded.models.checkpoints import load
 from xded.models.pretrained import begin_with, open_pretrained
 from xded.models.pretrained import provenance as provenance_of_pretrained
-from xded.models.recogniser import provenance_of, resolve
+from xded.models.recogniser import Recogniser, provenance_of, resolve
 from xded.models.student import Student
 from xded.models.weights import load_weights
 from xded.objectives import ctc_frames_needed
@@ -88,15 +88,18 @@ class Gate(Examination):
         return rows
 
 
-def preflight(
-    job: Job, student: Student, gate: Gate, *, going_on: bool = False
-) -> tuple[dict[Kind, Store], tuple[Provenance, ...]]:
+class Opened(NamedTuple):
+    """What a run reads besides recordings: targets by kind, the guide (or none), and what the run will have heard."""
+
+    stores: dict[Kind, Store]
+    guide: Recogniser | None
+    provenance: tuple[Provenance, ...]
+
+
+def preflight(job: Job, student: Student, gate: Gate, *, going_on: bool = False) -> Opened:
     """Loads what the run starts from and looks at everything; nothing is decided yet (`Gate.decide`).
 
     A run that is going on has its weights: the pretrained encoder that it began with is not read again.
-
-    Returns:
-        Targets by kind, and what the run will have heard.
     """
     if not job.train:
         raise CorpusError(f"{job.name} has no recording to train on.", "Hold out or exclude fewer speakers.")
@@ -136,7 +139,7 @@ def preflight(
     )  # fmt: skip
     look_at_data(job, gate)
     look_at_settings(job, stores, gate)
-    return stores, tuple(dict.fromkeys(provenance))
+    return Opened(stores, guide, tuple(dict.fromkeys(provenance)))
 
 
 def check_layers(config: Config, student: Student) -> None:
@@ -249,7 +252,7 @@ def initialise(job: Job, student: Student, going_on: bool) -> tuple[Provenance, 
 
 def open_targets(job: Job, gate: Gate) -> dict[Kind, Store]:
     """The stores that the objective needs, checked against tokenizer, temperature and audio; `job.train` becomes what
-    they cover. A recording whose target was left out on purpose (`target.spelled_only`) stays: it has its text.
+    they cover. A recording whose target was dropped on purpose (`target.spelled_only`) stays: it has its text.
     """
     needed = cast(tuple[Kind, ...], job.config.objective.kinds)
     if not needed:
@@ -265,7 +268,6 @@ def open_targets(job: Job, gate: Gate) -> dict[Kind, Store]:
     for store in stores.values():
         gate.run("target-coverage", str(folder), partial(targets.coverage, store.index, job.train, str(store.folder)))
     covered = {r.recording for r in job.train if all(r.recording in store for store in stores.values())}
-    left_out = all(store.index.spelled_only for store in stores.values())
     if not covered:
         raise TargetError(
             f"The targets in {folder} cover none of the {len(job.train)} training recordings.",
@@ -274,7 +276,8 @@ def open_targets(job: Job, gate: Gate) -> dict[Kind, Store]:
     index = next(iter(stores.values())).index
     job.facts["targets"] = f"{folder}, {len(covered)} of {len(job.train)} training recordings covered"
     job.facts["teachers"] = f"{', '.join(index.teachers)} ({index.effective_teachers:.1f} effective)"
-    job.train = [r for r in job.train if left_out or r.recording in covered]
+    for store in stores.values():
+        job.train = [r for r in job.train if r.recording in store or r.recording in store.dropped]
     return stores
 
 

@@ -32,7 +32,7 @@ from xded.features import LogMel
 from xded.findings import Finding
 from xded.models.checkpoints import FREE_SPACE, disk_is_full, load_latest
 from xded.models.collective import leave
-from xded.models.recogniser import describe, provenance_of
+from xded.models.recogniser import Recogniser, describe, provenance_of
 from xded.models.student import Student
 from xded.targets.store import Kind, Store
 from xded.training.auxiliary import Auxiliary
@@ -40,14 +40,14 @@ from xded.training.checkpointing import AtomicCheckpointIO
 from xded.training.data import TrainingData, collate
 from xded.training.difficulty import begin_curriculum
 from xded.training.evaluation import batches, validate
-from xded.training.guide import auxiliary_of, open_guide
+from xded.training.guide import auxiliary_of
 from xded.training.job import Job
 from xded.training.launching import launch
 from xded.training.loggers import mirror_of, need_packages
 from xded.training.loop import STOPPED_AT_ONCE, CollapsedRunError, InterruptedRunError, Loop, StopOnSignal
 from xded.training.monitor import DataCard, unused_parts
 from xded.training.order import RunSampler
-from xded.training.preflight import LISTED, Gate, fits_normaliser, preflight
+from xded.training.preflight import LISTED, Gate, Opened, fits_normaliser, preflight
 from xded.training.processes import ALONE, Place, device_of, place_of, strategy_of
 from xded.training.schedule import Schedule
 from xded.training.status import NoLog, RunLog, close_for, read_status, write_atomically
@@ -98,9 +98,9 @@ def fit(job: Job, *, resume: bool = False, quiet: bool = False, place: Place | N
     if checkpoint is not None:
         check_same_config(checkpoint["config"], job)
     gate = Gate(job.force)
-    stores, provenance = preflight(job, student, gate, going_on=checkpoint is not None)
+    opened = preflight(job, student, gate, going_on=checkpoint is not None)
     gate.decide()
-    if checkpoint is not None and provenance_of(checkpoint) != provenance:
+    if checkpoint is not None and provenance_of(checkpoint) != opened.provenance:
         raise ConfigError(
             f"{out} was started with other recordings, another parent or other targets.",
             "Put them back, or choose another --out.",
@@ -114,7 +114,7 @@ def fit(job: Job, *, resume: bool = False, quiet: bool = False, place: Place | N
         write_run_files(job)
         keep_findings(out, gate)
     job.facts |= {"preflight": gate.table(), "forced": sorted(job.force)}
-    return run(job, student, stores, provenance, checkpoint, warning, device, quiet, place)
+    return run(job, student, opened, checkpoint, warning, device, quiet, place)
 
 
 def fit_in_processes(job: Job, *, resume: bool, quiet: bool) -> Path:
@@ -252,20 +252,21 @@ def served(job: Job, student: Student, stores: Mapping[Kind, Store]) -> Training
     )  # fmt: skip
 
 
-def learned_beside(job: Job, student: Student, data: TrainingData, device: torch.device) -> Auxiliary | None:
+def learned_beside(
+    job: Job, student: Student, guide: Recogniser | None, data: TrainingData, device: torch.device
+) -> Auxiliary | None:
     """Gives `data` the outputs of the guide, if there is one; returns what the loss learns beside the student."""
-    guide = open_guide(job, student)
     if guide is not None:
         heard = TrainingData(job.train, guide.student.front_end, job.tokenizer)
         data.guide = encode_once(guide.student.to(device), heard, job.config.decode.batch_size)
+        guide.student.cpu()
     return auxiliary_of(job, student, guide)
 
 
 def run(
     job: Job,
     student: Student,
-    stores: dict[Kind, Store],
-    provenance: tuple[Provenance, ...],
+    opened: Opened,
     checkpoint: dict[str, Any] | None,
     warning: str | None,
     device: torch.device,
@@ -280,12 +281,12 @@ def run(
             "Every stage freezes the encoder, but the run starts from scratch.",
             "Give --init, or a stage that trains it.",
         )
-    data = served(job, student, stores)
+    data = served(job, student, opened.stores)
     held_back = TrainingData(job.validation, student.front_end, job.tokenizer)
     corpus = read_corpus(config.corpus).recordings if place.first and config.corpus and config.corpus.exists() else ()
     schedule = Schedule.of(config.train, stages, -(-len(data) // config.train.batch_size))
     difficulty = begin_curriculum(job, student, data, schedule.epochs, checkpoint, device, writes=place.first)
-    facts = facts_of(job, student, stages, provenance)
+    facts = facts_of(job, student, stages, opened.provenance)
     log = open_log(job, facts, student, checkpoint, quiet) if place.first else NoLog()
     if warning:
         log.line(warning)
@@ -298,13 +299,15 @@ def run(
     def watch(event: str, row: dict[str, Any]) -> None:
         log(event, row)
         if event == "epoch":
-            card.end_epoch(validated="wra" in row)
+            ends = row["epoch"] == schedule.epochs
+            before = (loop.order.batch(number) for number in range(loop.first_batch)) if ends else None
+            card.end_epoch(validated="wra" in row, before=before)
 
     loop = Loop(
         student, config, schedule, job.tokenizer, data, job.out,
         validate=partial(validate, data=held_back, config=config), watch=watch,
-        extra={**describe(job.tokenizer, config, job.name, provenance), **difficulty},
-        auxiliary=learned_beside(job, student, data, device),
+        extra={**describe(job.tokenizer, config, job.name, opened.provenance), **difficulty},
+        auxiliary=learned_beside(job, student, opened.guide, data, device),
     )  # fmt: skip
     if checkpoint is not None:
         loop.restore(checkpoint)
