@@ -66,7 +66,7 @@ def prepare(env: Path, packages: Path) -> Path:
 @contextmanager
 def worker(side: Side, case: dict[str, Any]) -> Iterator[subprocess.Popen[str]]:
     """A process that makes one training step for each line that it is sent."""
-    command = [side.python, HERE / "worker.py", side.library, json.dumps({**case, **side.special})]
+    command = [str(side.python), str(HERE / "worker.py"), side.library, json.dumps({**case, **side.special})]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:
@@ -163,24 +163,20 @@ def sides_of(options: argparse.Namespace) -> dict[str, Side]:
     return sides
 
 
-def introduction(options: argparse.Namespace) -> str:
-    what = "with a frozen encoder" if options.frozen else "of our Conformer and of others"
-    title = head(f"a training step {what}", "train_step").replace("train_step.py", "train_step")
-    title = title.replace("one thread", f"{options.threads} thread(s)")
-    if options.frozen:
-        done = (
-            "CTC head of 5,000 pieces and 4-layer decoder, CTC and KL loss, backward, clipping, fused AdamW; dropout 0.1.\n"
-            "NeMo's features and encoder are in the step (eval mode, no gradients); ours has kept the encoded frames.\n"
-        )
-    else:
-        done = (
-            "Forward (features, encoder, CTC head of 5,000, 4-layer decoder), CTC and KL loss, backward, clipping, fused\n"
-            "AdamW; dropout 0.1. transformers: Parakeet's encoder (depthwise-separable first layers), our features.\n"
-        )
-    return (
-        f"{title}\n{done}{options.repeats} steps of each, in turn, one process each. Medians; times are absolute. Ratios: "
-        "its step to ours of the\nsame turn (to float32, to bf16), wall clock and CPU.\n"
-    )
+FROZEN = """
+CTC head of 5,000 pieces and 4-layer decoder, CTC and KL loss, backward, clipping, fused AdamW; dropout 0.1. NeMo's
+features and encoder are in its step (eval mode, no gradients); ours has kept the encoded frames."""
+WHOLE = """
+Forward (features, encoder, CTC head of 5,000, 4-layer decoder), CTC and KL loss, backward, clipping, fused AdamW;
+dropout 0.1. transformers: Parakeet's encoder (its first layers are depthwise separable: fewer operations) and our
+features."""
+RATIOS = """{} steps of each, in turn, one process each. Medians; times are absolute. Ratios: its step to ours in
+float32 and to ours in bf16 of the same turn, wall clock and CPU.
+"""
+COLUMNS = (
+    *("layers x width", "batch", "side", "encoder, M", "step, s (quartiles)", "ratio", "to bf16"),
+    *("CPU-seconds", "ratio", "to bf16", "peak memory, MB"),
+)
 
 
 def main() -> None:
@@ -193,19 +189,13 @@ def main() -> None:
     parser.add_argument("--sizes", choices=list(SIZES), nargs="+", default=list(SIZES))
     options = parser.parse_args()
     sides = sides_of(options)
-    print(introduction(options))
-    columns = (
-        "layers x width",
-        "batch",
-        "side",
-        "encoder, M",
-        "step, s (quartiles)",
-        "ratio",
-        "to bf16",
-        "CPU-seconds",
+    title = head(
+        f"a training step {'with a frozen encoder' if options.frozen else 'of ours and of others'}", "train_step"
     )
-    print("|", " | ".join([*columns, "ratio", "to bf16", "peak memory, MB"]), "|")
-    print("| --- | --- | --- |" + " ---: |" * 8)
+    print(title.replace("train_step.py", "train_step").replace("one thread", f"{options.threads} thread(s)"), end="")
+    print(FROZEN if options.frozen else WHOLE)
+    print(RATIOS.format(options.repeats))
+    print("|", " | ".join(COLUMNS), "|\n| --- | --- | --- |" + " ---: |" * 8)
     for sizes in ["16 x 176"] if options.frozen else options.sizes:
         for seconds in DURATIONS_S:
             case = {**SIZES[sizes], "seconds": seconds, "batch": BATCH, "threads": options.threads}

@@ -14,7 +14,6 @@ from xded.models.student import Student, decoder_input
 from xded.objectives import TopK
 from xded.tokenizer import Tokenizer
 from xded.training.data import Batch
-from xded.training.loop import parameter_groups
 from xded.training.losses import loss_parts, weighted_sum
 
 KEPT = 32  # entries of a stored target
@@ -24,14 +23,14 @@ class Xded:
     """The student, its optimiser and one batch.
 
     Args:
-        case: `layers`, `width`, `channels`, `dropout`, `bf16` (as Lightning's bf16-mixed), `frozen` (the heads learn from
-            encoded frames that are kept, as they do in a stage with a frozen encoder).
-        waveforms, samples: [B, N], [B]; tokens: [B, U], the last of which become </s>; target: [B, U, V].
+        case: `layers`, `width`, `channels`, `dropout`, `bf16` (as Lightning's bf16-mixed), `frozen` (the heads learn
+            from encoded frames that are kept, as they do in a stage with a frozen encoder).
+        waveforms, samples: [B, N], [B]; texts: tokens [B, U], the last of which become </s>, and their posteriors
+            [B, U, V].
     """
 
-    def __init__(
-        self, case: dict[str, Any], waveforms: Tensor, samples: Tensor, tokens: Tensor, target: Tensor
-    ) -> None:
+    def __init__(self, case: dict[str, Any], waveforms: Tensor, samples: Tensor, *texts: Tensor) -> None:
+        tokens, target = texts
         self.bf16 = bool(case.get("bf16"))
         self.waveforms, self.samples = waveforms, samples
         sizes = {
@@ -44,11 +43,11 @@ class Xded:
         self.pieces = Tokenizer.train(["ABC"], "char", 64, "upper")  # the loss asks it for special ids alone
         self.student = Student(self.config.model, target.shape[2], self.config.features)
         self.encoder: nn.Module = self.student.encoder
-        texts = torch.cat([tokens[:, :-1], torch.full_like(tokens[:, :1], self.pieces.eos)], dim=1)
+        ended = torch.cat([tokens[:, :-1], torch.full_like(tokens[:, :1], self.pieces.eos)], dim=1)
         probabilities, ids = target.topk(KEPT)
         self.batch = Batch(
             recordings=[], speakers=[], features=None, feature_lengths=samples, encoded=None, encoded_lengths=None,
-            tokens=texts, token_lengths=torch.full((len(texts),), texts.shape[1] - 1), ctc_target=None,
+            tokens=ended, token_lengths=torch.full((len(ended),), ended.shape[1] - 1), ctc_target=None,
             least_blank=None, decoder_target=TopK(ids, probabilities, 1 - probabilities.sum(2)),
         )  # fmt: skip
         self.student.train()
@@ -57,7 +56,7 @@ class Xded:
             with torch.inference_mode():
                 encoded, lengths = self.student.encode(*self.student.front_end(waveforms, samples))
             self.batch.encoded, self.batch.encoded_lengths = encoded.clone(), lengths.clone()
-        self.groups = parameter_groups(self.student, 0.01)
+        self.parameters = [p for p in self.student.parameters() if p.requires_grad]
 
     def loss(self) -> Tensor:
         """Forward and loss, as the project's loop has them."""

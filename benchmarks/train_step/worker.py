@@ -141,8 +141,8 @@ class Peer:
         self.heads = Heads(case["width"]).train()
         if self.frozen:
             self.encoder.requires_grad_(False).eval()
-        learning = [p for module in (self.encoder, self.heads) for p in module.parameters() if p.requires_grad]
-        self.groups = [{"params": learning}]
+        both = (*self.encoder.parameters(), *self.heads.parameters())
+        self.parameters = [p for p in both if p.requires_grad]
 
     def loss(self) -> Tensor:
         """Forward and loss."""
@@ -179,15 +179,14 @@ def main() -> None:
         trained: Any = Xded(case, *batch)
     else:
         trained = Peer(library, case, *batch)
-    optimizer = torch.optim.AdamW(trained.groups, lr=1e-4, fused=True)
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained.parameters, lr=1e-4, fused=True)
 
     def step() -> dict[str, float]:
         started, cpu_started = perf_counter(), process_time()
         optimizer.zero_grad(set_to_none=True)
         loss = trained.loss()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(trained.parameters, 1.0)
         optimizer.step()
         assert torch.isfinite(norm), "the step does not learn"
         return {"seconds": perf_counter() - started, "cpu_seconds": process_time() - cpu_started}

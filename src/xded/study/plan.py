@@ -70,8 +70,8 @@ class Attempt(Section):
     )
     ask: Literal["each", "mean"] = Field(
         "each",
-        description="whose posteriors are the targets: each teacher's, aggregated, or those of the mean of their weights, "
-        "which listens once where K teachers listen K times",
+        description="whose posteriors are the targets: each teacher's, aggregated, or those of the mean of their "
+        "weights, which listens once where K teachers listen K times",
     )
     updates: int | None = Field(None, ge=1, description="of this attempt in place of the study's: a control, say so")
     expected: float | None = Field(None, description="WRA that was hoped for, per cent; never mixed with results")
