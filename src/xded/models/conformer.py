@@ -119,6 +119,17 @@ def relative_positions(frames: int, width: int, device: torch.device) -> Tensor:
     return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[None, :, :width]
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: float) -> Tensor:
+    """softmax(q k' / sqrt(D) + bias) v: [B, H, T, D] each, bias [B, H, T, T] -> [B, H, T, D].
+
+    Fused on a GPU. On a processor plain products are quicker up to 900 frames: 6 times at 50 without gradients.
+    """
+    if query.is_cuda:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
+    scores = torch.matmul(query, key.transpose(2, 3)).mul_(1.0 / math.sqrt(query.shape[3])).add_(bias)
+    return torch.matmul(F.dropout(scores.softmax(dim=3), dropout), value)
+
+
 class RelativeAttention(nn.Module):
     """Multi-head self-attention with relative positions (Transformer-XL, section 3.3)."""
 
@@ -151,13 +162,8 @@ class RelativeAttention(nn.Module):
         padded = F.pad(by_distance, (1, 0)).view(*by_distance.shape[:2], 2 * frames, frames)
         bias = padded[:, :, 1:].view_as(by_distance)[..., :frames] / math.sqrt(self.head_width)
         bias = bias.masked_fill(~mask[:, None, None, :], -1e4)
-        attended = F.scaled_dot_product_attention(
-            query + self.content_bias[:, None],
-            key,
-            value,
-            attn_mask=bias,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+        dropout = self.dropout if self.training else 0.0
+        attended = attend(query + self.content_bias[:, None], key, value, bias, dropout)
         return self.out(attended.transpose(1, 2).flatten(2))
 
 

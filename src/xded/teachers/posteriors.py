@@ -76,8 +76,7 @@ def _is_current(
         and index.temperature == config.objective.temperature
         and index.top_k == min(config.target.top_k, index.vocabulary)
         and index.words == (words if index.kind == "words" else ())
-        and [(e.recording, e.audio_sha256) for e in index.recordings]
-        == [(r.recording, audio_hash(r)) for r in recordings]
+        and {e.recording: e.audio_sha256 for e in index.recordings} == {r.recording: audio_hash(r) for r in recordings}
         and all(entry.text is not None for entry in index.recordings)  # earlier versions did not store it
     )
 
@@ -86,7 +85,7 @@ def extract(
     teacher: Path, speaker: str, recordings: Sequence[Recording], config: Config, out: Path, words: Sequence[str] = ()
 ) -> None:
     """Writes one teacher's posteriors over `recordings` to OUT/ctc, OUT/decoder and, where the objective reads them,
-    OUT/words; what is there already is kept.
+    OUT/words, batch by batch; what is there already is kept.
 
     Decoder posteriors are teacher-forced: each step has seen the true tokens before it.
 
@@ -112,12 +111,10 @@ def extract(
         _need_listed(recordings, listed, recogniser.tokenizer)
     writers = {k: StoreWriter(out / k, _index(recogniser, speaker, k, config, listed.words)) for k in missing}
     data = TrainingData(recordings, recogniser.student.front_end, recogniser.tokenizer)
-    rows: dict[int, dict[Kind, Said]] = {}
     for places, batch in batches(data, config.decode.batch_size):
-        rows |= zip(places, posteriors_of(recogniser, batch, config, missing, listed), strict=True)
-    for place, recording in enumerate(recordings):
-        for kind, writer in writers.items():
-            writer.add(_entry(recording, rows[place][kind]), rows[place][kind].posterior)
+        for place, said in zip(places, posteriors_of(recogniser, batch, config, missing, listed), strict=True):
+            for kind, writer in writers.items():
+                writer.add(_entry(recordings[place], said[kind]), said[kind].posterior)
     for writer in writers.values():
         writer.close()
 
