@@ -10,7 +10,8 @@ from lightning.fabric.plugins import CheckpointIO
 from xded.models.checkpoints import load, save, sidecar
 
 PREFIX = "student."  # of the recogniser inside Lightning's state dict
-AUXILIARY = "auxiliary"  # key of what parts of the loss learn beside it, in latest.pt alone
+AUXILIARY = "auxiliary"  # key of what parts of the loss learn beside it
+TO_GO_ON = {AUXILIARY, "optimizer_states"}  # two thirds of a checkpoint, in latest.pt alone
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -23,7 +24,7 @@ class AtomicCheckpointIO(CheckpointIO):
         # position and learning rate are pure functions of `batch`; Lightning's own counts start anew at a resume
         left_out = {"state_dict", "loops", "callbacks", "lr_schedulers", "global_step"}
         latest = Path(path).name == "latest.pt"
-        left_out |= set() if latest else {AUXILIARY}
+        left_out |= set() if latest else TO_GO_ON
         kept = {key: value for key, value in checkpoint.items() if key not in left_out}
         save({**kept, "model_state_dict": state}, Path(path), keep_previous=latest)
 
