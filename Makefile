@@ -9,7 +9,7 @@ export PYTHONDONTWRITEBYTECODE =
 .PHONY: help venv demo test test-fast clean
 
 help:
-	@echo "make demo       embedded corpus, teachers, students, report: from nothing to a table, in work/demo"
+	@echo "make demo       embedded corpus, teachers, students: from nothing to a report, in work/demo"
 	@echo "make test       the whole test suite"
 	@echo "make test-fast  the test suite without its slow end-to-end parts"
 	@echo "make venv       only install, in .venv"

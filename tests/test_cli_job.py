@@ -1,4 +1,4 @@
-"""The main job as a user runs it: corpus, teachers, targets, student, scores, texts, status, and the demo."""
+"""The main job as a user runs it: corpus, teachers, targets, student, scores, texts and status."""
 
 from __future__ import annotations
 
@@ -206,34 +206,3 @@ def test_a_run_that_is_told_to_stop_goes_on_with_resume(work: Path) -> None:
     after = weights(run)
     done("train", "--out", run, "--resume")
     assert weights(run) == after
-
-
-@pytest.mark.slow
-def test_demo_from_end_to_end_and_again(work: Path) -> None:
-    words = ["demo", "--corpus", work / "words", "--config", work / "tiny.yaml", "--out", work / "demo"]
-    words += ["--updates", 2, "--seeds", 1, "--jobs", 1]
-    first = done(*words)
-    report = (work / "demo" / "report.md").read_text()
-    main_table = report[: report.index("**By intelligibility band")]
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in main_table.splitlines() if line[:2] == "| "]
-    rows = {name: values for name, *values in cells}
-    assert set(rows) >= {
-        "chance", "parent", "teacher M08", "teacher T02", "teacher T03", "best teacher", "vote of the teachers",
-        "any-teacher oracle", "supervised from scratch", "supervised from scratch, with control speech",
-        "supervised from the parent", "student", "student from the parent",
-    }  # fmt: skip
-    assert rows["chance"] == ["0.0", "50.0", ""]
-    assert all(re.fullmatch(r"[\d.]+ \[\d+-\d+\]", cell) for cell in rows["student"][:2])
-    assert [rows[name][2] for name in ("student", "teacher M08")] == ["24", "8"]  # its own fold has T03 besides
-    assert "student and supervised from scratch" in report
-    assert max(map(len, first.out.splitlines()[:-1])) <= 80  # the last line is a path
-    before = contents(work / "demo")
-    done(*words)
-    after = contents(work / "demo")
-    assert after | {"report.md": ""} == before | {"report.md": ""}  # the report says what the last call took
-    longer = ["--updates", 400, *words[words.index("--updates") + 2 :]]
-    other = call(*words[: words.index("--updates")], *longer)
-    assert other.code == 2
-    assert "was started with another config: train.stages was" in other.err
-    assert "choose another --out" in other.err
-    assert contents(work / "demo") == after  # numbers of other settings are neither shown nor touched

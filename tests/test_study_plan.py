@@ -10,7 +10,7 @@ import yaml
 
 from cli_calls import call, done, refused
 from tiny_corpus import write_corpus
-from xded.config import Config
+from xded.config import Config, ModelConfig
 from xded.errors import ConfigError, CorpusError
 from xded.study import outcome
 from xded.study.plan import BUILT_IN, DECIDED, MEAN_TEACHER, ZERO_SHOT, StudyError, build, built_in, load, stages_for
@@ -118,6 +118,18 @@ def test_what_the_study_decides_cannot_be_set_for_all_attempts_either() -> None:
         build({**MINIMAL, "config": {"fold": {"controls": True}}}, "x")
     known = flat(Config().model_dump(mode="json"))
     assert DECIDED.keys() <= known.keys()
+
+
+def test_dotted_keys_of_all_attempts_win_over_sections() -> None:
+    dotted = {"train.batch_size": 3, "model.size": "tiny"}
+    study = build({**MINIMAL, "config": {**dotted, "train": {"batch_size": 9, "threads": 1}}}, "x")
+    config = study.config_of("a")
+    assert (config.train.batch_size, config.train.threads) == (3, 1)
+    assert config.model == ModelConfig(size="tiny")
+    with pytest.raises(ConfigError, match=r"the config of study 's': 'train\.init' is decided by the attempt's start"):
+        build({**MINIMAL, "config": {"train.init": "x.pt"}}, "x")
+    with pytest.raises(ConfigError, match=r"the config of study 's': unknown key 'train\.batchsize'"):
+        build({**MINIMAL, "config": {"train.batchsize": 3}}, "x")
 
 
 def test_teachers_of_an_attempt_that_listens_to_none_are_refused() -> None:

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from tiny_corpus import MODEL, job_for, tiny_config, write_corpus
-from xded import demo
-from xded.config import SIZES, Config, ModelConfig
+from xded.config import SIZES, Config
 from xded.corpus.folds import Fold, make_fold, split
 from xded.corpus.manifest import Corpus
 from xded.errors import ConfigError
@@ -118,24 +117,3 @@ def test_own_and_others_stand_beside_each_other() -> None:
         "t2": {"own": 100.0, "others": 25.0, "held out": 50.0},
         "t3": {"own": 50.0, "others": 100.0, "held out": 100.0},
     }
-
-
-def test_the_demo_starts_nothing_from_a_parent_of_another_size(corpus: Corpus, tmp_path: Path) -> None:
-    config = config_of(teach={"size": "micro"})
-    with pytest.raises(ConfigError, match=r"'supervised from the parent' cannot start .* --attempt 'student'"):
-        demo.run(corpus, config, demo.Plan(fold_size=1), tmp_path)
-    assert list(tmp_path.iterdir()) == []
-    demo.require_starts(config, demo.Plan(attempts=("supervised from scratch", "student")))
-    same = config.model_copy(update={"model": ModelConfig(size="micro")})
-    demo.require_starts(same, demo.Plan())
-
-
-def test_the_demo_teaches_each_fold_anew_where_teachers_rehearse(corpus: Corpus, tmp_path: Path) -> None:
-    config = config_of(teach={"rehearsal": 1.0, "parent_on": "controls"}, corpus=str(corpus.path))
-    plan = demo.Plan(fold_size=1, seeds=1, updates=1, attempts=("student",), jobs=1)
-    demo.run(corpus, config.model_copy(update={"objective": config.objective.model_copy(update={"ctc_kd": 1.0})}),
-             plan, tmp_path)  # fmt: skip
-    for held_out in ("t1", "t2", "t3"):
-        runs = (tmp_path / "folds" / held_out / "teachers" / "teachers").iterdir()
-        heard = {s for run in runs for p in load_recogniser(run).provenance for s in p.speakers}
-        assert heard == {"c1", "t1", "t2", "t3"} - {held_out}

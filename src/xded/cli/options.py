@@ -57,12 +57,23 @@ def configured(path: Path | None, changes: dict[str, Any], settings: list[str] |
     Raises:
         ConfigError: a value, key or file that is wrong.
     """
-    import yaml
-
     from xded import config as configs
-    from xded.errors import ConfigError
 
     config = configs.load(path) if path else configs.Config()
+    return configs.override(config, {**changes, **parsed(settings)})
+
+
+def parsed(settings: list[str] | None) -> dict[str, Any]:
+    """Values of `--set` by dotted key.
+
+    Raises:
+        ConfigError: one is not KEY=VALUE.
+    """
+    import yaml
+
+    from xded.errors import ConfigError
+
+    changes: dict[str, Any] = {}
     for setting in settings or []:
         key, equals, value = setting.partition("=")
         if not equals:
@@ -73,7 +84,7 @@ def configured(path: Path | None, changes: dict[str, Any], settings: list[str] |
             raise ConfigError(
                 f"--set {setting}: '{value}' is not valid YAML.", "Write --set section.key=value."
             ) from error
-    return configs.override(config, changes)
+    return changes
 
 
 def need_corpus(config: Config) -> Path:

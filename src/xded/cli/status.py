@@ -23,7 +23,7 @@ WIDTH = 160  # characters of a line where there is no terminal
 def status(
     run: Annotated[
         Path,
-        typer.Argument(help="Run folder, a folder of runs (teach, demo), or a study's folder.", show_default=False),
+        typer.Argument(help="Run folder, a folder of runs (teach), or a study's folder.", show_default=False),
     ],
     watch: Annotated[
         bool, typer.Option("--watch/--once", help="Show it again and again until it ends, or Ctrl-C; or once.")

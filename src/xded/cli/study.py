@@ -26,7 +26,7 @@ app = typer.Typer(
 
 @app.command()
 def new(
-    name: Annotated[str, typer.Argument(help="debug, loso, small-from-large, from-parent or withheld.")],
+    name: Annotated[str, typer.Argument(help="debug, loso, small-from-large, from-parent, withheld or demo.")],
     output: Annotated[Path | None, typer.Option("--output", help="File to write (default: NAME.yaml).")] = None,
 ) -> None:
     """Write a commented study file.
@@ -47,7 +47,9 @@ def new(
 def run(
     study: Annotated[
         str,
-        typer.Argument(help="Study file, or a built-in study: debug, loso, small-from-large, from-parent, withheld."),
+        typer.Argument(
+            help="Study file, or a built-in study: debug, loso, small-from-large, from-parent, withheld, demo."
+        ),
     ],
     out: Annotated[Path | None, typer.Option("--out", help="Folder (default: work/studies/NAME).")] = None,
     corpus: Annotated[Path | None, typer.Option("--corpus", help="Corpus in place of the file's.")] = None,
@@ -69,13 +71,10 @@ def run(
 
     Example: xded study run debug --out work/debug
     """
-    from xded.errors import ConfigError, TrainingError
-    from xded.report.study import finish
-    from xded.study.run import run_study
+    from xded.errors import ConfigError
 
     loaded = _load(study, corpus, held_out)
     folder = out or Path("work/studies") / loaded.name
-    say = typer.echo if not as_json else (lambda line: None)
     workers: Workers | None = None
     if engine == "ray":
         from xded.study.ray_workers import RayWorkers
@@ -83,16 +82,7 @@ def run(
         workers = RayWorkers(address, jobs or None, gpus=gpus, memory_gb=memory_gb)
     elif engine != "local":
         raise ConfigError(f"--engine {engine}: there is no such engine.", "Use local or ray.")
-    outcome = run_study(loaded, folder, jobs=cores(jobs), workers=workers, say=say)
-    report = finish(outcome, folder, study)
-    typer.echo(json.dumps(report.to_dict(), indent=1) if as_json else report.text())
-    failed = outcome.progress.count("failed")
-    if failed:
-        raise TrainingError(
-            f"{failed} of {len(outcome.work.steps)} pieces failed: "
-            + "; ".join(sorted(set(outcome.progress.errors.values()))[:3]),
-            f"Mend the cause, then: xded study run {study} --out {folder}",
-        )
+    carry_out(loaded, folder, study, jobs=jobs, workers=workers, as_json=as_json)
 
 
 @app.command("import")
@@ -129,6 +119,35 @@ def import_(
     else:
         Console().print(table.rich())
         typer.echo("\n".join([*(f"Not read: {line}" for line in unread), str(output / "report.md")]))
+
+
+def carry_out(
+    study: Study, out: Path, named: str, *, jobs: int, workers: Workers | None = None, as_json: bool = False
+) -> None:
+    """Runs whatever is not done yet of a study and says what came of it.
+
+    Args:
+        study: validated; out: its folder; named: how `xded study run` is told which study it is.
+        jobs: as `--jobs`; workers: where else than on this machine.
+
+    Raises:
+        TrainingError: pieces failed; what the others say has been written all the same.
+    """
+    from xded.errors import TrainingError
+    from xded.report.study import finish
+    from xded.study.run import run_study
+
+    say = typer.echo if not as_json else (lambda line: None)
+    outcome = run_study(study, out, jobs=cores(jobs), workers=workers, say=say)
+    report = finish(outcome, out, named)
+    typer.echo(json.dumps(report.to_dict(), indent=1) if as_json else report.text())
+    failed = outcome.progress.count("failed")
+    if failed:
+        raise TrainingError(
+            f"{failed} of {len(outcome.work.steps)} pieces failed: "
+            + "; ".join(sorted(set(outcome.progress.errors.values()))[:3]),
+            f"Mend the cause, then: xded study run {named} --out {out}",
+        )
 
 
 def _load(study: str, corpus: Path | None, held_out: list[str] | None) -> Study:

@@ -17,7 +17,6 @@ from matplotlib.colors import to_hex
 
 from xded import __version__
 from xded.findings import CHECKS, Finding
-from xded.report.main_job import SIGNIFICANT
 from xded.report.pages import Drawing, Grid, data_uri, page
 from xded.report.study_evidence import Bad, best_first, environments, learning_of, watched, worst
 from xded.report.study_figures import (
@@ -43,6 +42,7 @@ MOST_PANELS = 10  # attempts with pictures of their own: keeps the page small
 CONFUSIONS_SHOWN = 8
 TITLES_SHOWN = 20  # of pieces that are not done
 JOULES_A_WH = 3600.0
+SIGNIFICANT = 0.05
 MEASURED = (
     "Wh: what whole processor packages and their memory used (RAPL counters), shared out by CPU time among all that "
     "ran meanwhile; pieces that could not be measured are left out, and so are GPUs."

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from xded.corpus.manifest import BANDS
-from xded.report.main_job import CHANCE
 from xded.report.tables import Table, cell
 from xded.scoring import Prediction, Scores
 from xded.study.outcome import BEST_TEACHER, ORACLE, VOTE, Result
@@ -15,6 +14,7 @@ from xded.study.plan import MEAN_TEACHER, SOUP, TEACHER, ZERO_SHOT, DecodeName, 
 from xded.study.verdict import Answer, Paired, by_band, compare_all, pooled, scores_of
 
 NOT_DONE = "-"
+CHANCE = "chance"  # the row of
 SUMMARY_COLUMNS = ("system", "all takes", "mean of speakers", "takes", "teachers")  # before one a fold
 COMPARED_BASELINES = ("parent", VOTE, BEST_TEACHER)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -19,7 +19,7 @@ from xded.errors import ConfigError, XdedError
 
 Verdict = Literal["supported", "rejected", "undecided"]
 DecodeName = Literal["open", "word list"]
-BUILT_IN = ("debug", "loso", "small-from-large", "from-parent", "withheld")
+BUILT_IN = ("debug", "loso", "small-from-large", "from-parent", "withheld", "demo")
 SUSPECT: Final = "suspect"
 EVALUATION = "evaluation"  # what `next` calls the examination of the evaluation itself
 # systems that a study's tables hold besides its attempts
@@ -188,7 +188,9 @@ class Study(Section):
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2), min_length=1)
     updates: int | None = Field(None, ge=1, description="of every attempt, so that they are comparable; none: config's")
     budget: Budget = Budget()
-    config: dict[str, Any] = Field({}, description="of all attempts: the sections of 'xded train --help-config'")
+    config: dict[str, Any] = Field(
+        {}, description="of all attempts: sections of 'xded train --help-config', or dotted keys, which win"
+    )
     attempts: dict[str, Attempt] = Field(min_length=1)
     baselines: bool = Field(
         True, description="test the parent and every teacher too; false trains only what attempts start from or hear"
@@ -292,11 +294,32 @@ class Study(Section):
             )
         return tuple(sorted(chosen))
 
+    def only(self, names: Collection[str]) -> Self:
+        """The study with some of its attempts, without what it says of others.
+
+        Raises:
+            StudyError: an attempt that it does not have.
+        """
+        if unknown := sorted(set(names) - self.attempts.keys()):
+            raise StudyError(
+                f"Study '{self.name}' has no attempt '{unknown[0]}'.", f"Choose among: {'; '.join(self.attempts)}."
+            )
+        claims = {name: h for name, h in self.hypotheses.items() if {h.attempt, *h.others} <= {*names}}
+        kept = {
+            "attempts": {name: attempt for name, attempt in self.attempts.items() if name in names},
+            "hypotheses": claims,
+            "ladder": self.ladder if self.ladder is not None and self.ladder.attempt in names else None,
+            "next": tuple(step for step in self.next if step.when.keys() <= {EVALUATION, *claims}),
+        }
+        return self.model_copy(update=kept)
+
     def base(self) -> Config:
         """The config of all attempts."""
         where = f"the config of study '{self.name}'"
         _refuse_decided(self.config, where)
-        return configs.build(self.config, where)
+        sections = {key: value for key, value in self.config.items() if "." not in key}
+        dotted = {key: value for key, value in self.config.items() if "." in key}
+        return configs.override(configs.build(sections, where), dotted, where)
 
     def config_of(self, name: str) -> Config:
         """The config of an attempt, without fold, seed, start and targets.
@@ -308,6 +331,22 @@ class Study(Section):
         _refuse_decided(attempt.set, f"attempt '{name}' of study '{self.name}'")
         changes = {**attempt.set, "fold.controls": attempt.controls, "fold.include_held_out": attempt.include_held_out}
         return configs.override(self.base(), changes, f"attempt '{name}' of study '{self.name}'")
+
+
+def folds_of(corpus: Corpus, size: int) -> tuple[tuple[str, ...], ...]:
+    """Target speakers in groups of `size`, dealt like cards so that like names (and bands) are spread.
+
+    Raises:
+        StudyError: a fold would leave no teacher.
+    """
+    targets = [s for s in corpus.speakers if corpus.role_of(s) == "target"]
+    if len(targets) <= size:
+        raise StudyError(
+            f"{corpus.path} has {len(targets)} target speakers: folds of {size} leave none to be a teacher.",
+            "Give fewer --controls at import, or --fold-size 1.",
+        )
+    count = -(-len(targets) // size)
+    return tuple(tuple(targets[start::count]) for start in range(count))
 
 
 def stages_for(updates: int, recordings: int, config: Config) -> tuple[StageConfig, ...]:

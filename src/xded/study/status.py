@@ -207,7 +207,7 @@ def read_run(folder: Path, about: Mapping[str, Any]) -> tuple[RunView, dict[str,
 
 
 def read_runs(folder: Path) -> View:
-    """A run folder, or a folder of runs (`teach`, `demo`).
+    """A run folder, or a folder of runs (`teach`).
 
     Raises:
         StatusError: no run is there.
