@@ -18,7 +18,7 @@ from xded.errors import ConfigError
 from xded.training.curriculum import Curriculum
 from xded.training.data import TrainingData
 
-POOL_BATCHES = 16  # batches whose recordings are sorted by length together, so that little is padding
+POOL_BATCHES = 64  # batches whose recordings are sorted by length together, so that little is padding
 Batches = tuple[tuple[int, ...], ...]
 
 
