@@ -196,3 +196,16 @@ def test_preflight_refuses_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="two speakers"):
         fit(job_for(corpus, tmp_path / "run", train=WORDS), quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_corpus_of_the_studys_size_has_little_padding() -> None:
+    lengths = tuple(np.random.default_rng(0).lognormal(1.0, 0.5, 1_660).tolist())
+    batches = Order(lengths, 8, 0).epoch(0)
+    padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+    assert 1 - sum(lengths) / padded < 0.10  # in random order 0.45
+
+
+def test_a_small_corpus_is_not_sorted_as_a_whole() -> None:
+    order = Order(tuple(float(i) for i in range(40 * 4)), 4, 0)
+    first, second = ({frozenset(batch) for batch in order.epoch(epoch)} for epoch in (0, 1))
+    assert len(first & second) < len(first) / 4  # the same batches every epoch would be all of them

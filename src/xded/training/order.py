@@ -18,7 +18,9 @@ from xded.errors import ConfigError
 from xded.training.curriculum import Curriculum
 from xded.training.data import TrainingData
 
-POOL_BATCHES = 64  # batches whose recordings are sorted by length together, so that little is padding
+# batches whose recordings are sorted by length together, so that little is padding: a quarter of an epoch, no fewer and
+# no more than these (a small corpus sorted as a whole would have the same batches every epoch, and learns less)
+POOL_BATCHES = (16, 64)
 Batches = tuple[tuple[int, ...], ...]
 
 
@@ -158,7 +160,8 @@ def _batches(order: Order, epoch: int) -> Batches:
 
 def _by_length(order: Order, epoch: int, random: np.random.Generator) -> list[tuple[int, ...]]:
     lengths, batch_size, curriculum = order.lengths, order.batch_size, order.curriculum
-    count, pool = len(lengths), batch_size * POOL_BATCHES
+    fewest, most = POOL_BATCHES
+    count, pool = len(lengths), batch_size * min(most, max(fewest, order.per_epoch // 4))
     offered = np.arange(count) if curriculum is None else curriculum.offered(epoch, batch_size)
     passes = [offered[random.permutation(len(offered))] + copy * count for copy in range(-(-count // len(offered)))]
     drawn = np.concatenate(passes)[:count]
