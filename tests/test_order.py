@@ -199,10 +199,10 @@ def test_preflight_refuses_before_anything_is_written(tmp_path: Path) -> None:
 
 
 def test_a_corpus_of_the_studys_size_has_little_padding() -> None:
-    lengths = tuple(np.random.default_rng(0).lognormal(1.0, 0.5, 1_660).tolist())
+    lengths = tuple(np.random.default_rng(0).lognormal(1.0, 0.8, 1_660).tolist())
     batches = Order(lengths, 8, 0).epoch(0)
     padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
-    assert 1 - sum(lengths) / padded < 0.10  # in random order 0.45
+    assert 1 - sum(lengths) / padded < 0.10  # with pools of 16 batches 0.16, in random order 0.60
 
 
 def test_a_small_corpus_is_not_sorted_as_a_whole() -> None:

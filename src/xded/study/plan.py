@@ -407,11 +407,6 @@ def _require_sense(config: Config, attempt: Attempt, who: str) -> None:
             f"{who} asks teachers about their own speakers' recordings (same_prompt), and some are withheld.",
             "Set target.heard to same_audio, or recordings to all.",
         )
-    if attempt.ask == "mean" and not listens:
-        raise StudyError(
-            f"{who} asks the mean of its teachers' weights, and never listens.",
-            "Give it objective.ctc_kd or objective.decoder_kd, or leave ask out.",
-        )
     if listens and attempt.recordings == "shared" and config.target.weighting == "embedding":
         raise StudyError(
             f"{who} weighs teachers by recordings of their speakers (target.weighting: embedding), and some are "
