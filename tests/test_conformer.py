@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import itertools
+import math
 import tarfile
 from pathlib import Path
 
@@ -13,7 +15,15 @@ from torch import Tensor, nn
 
 from xded.config import FeatureConfig, ModelConfig
 from xded.features import valid_mask
-from xded.models.conformer import MaskedBatchNorm, RecordingDropout, Subsampling
+from xded.models.conformer import (
+    MaskedBatchNorm,
+    RecordingDropout,
+    RelativeAttention,
+    Subsampling,
+    attend,
+    keep,
+    relative_positions,
+)
 from xded.models.student import Student
 
 RENAMED = (
@@ -141,6 +151,68 @@ def test_masked_batch_norm_is_batch_norm_over_the_valid_frames() -> None:
     masked.eval()
     plain.eval()
     torch.testing.assert_close(masked(values, mask)[mask], plain(values[mask]))
+
+
+def test_masked_batch_norm_has_the_gradient_of_the_valid_frames() -> None:
+    values, mask = torch.randn(3, 9, 4, requires_grad=True), valid_mask(torch.tensor([9, 4, 6]), 9)
+    weights = torch.randn(3, 9, 4)
+    masked, plain = (torch.autograd.grad((weights[mask] * out).sum(), values)[0] for out in (
+        MaskedBatchNorm(4)(values, mask)[mask], nn.BatchNorm1d(4)(values[mask])
+    ))  # fmt: skip
+    torch.testing.assert_close(masked, plain)
+    assert not masked[~mask].any()
+
+
+@pytest.mark.parametrize("frames", [1, 5])
+def test_attention_by_its_definition(frames: int) -> None:
+    """Transformer-XL, section 3.3: scores of content and of the distance i - j, term by term, padding left out."""
+    torch.manual_seed(0)
+    layer = RelativeAttention(8, 2, dropout=0.0).double()
+    nn.init.normal_(layer.content_bias)
+    nn.init.normal_(layer.position_bias)
+    values = torch.randn(2, frames, 8, dtype=torch.float64)
+    positions = relative_positions(frames, 8, values.device).double()  # of the distances T .. -(T - 1)
+    mask = valid_mask(torch.tensor([frames, max(1, frames - 2)]), frames)
+    query, key, value = (layer._split(part(values)) for part in (layer.query, layer.key, layer.value))
+    position = layer._split(layer.position(positions))[0]  # [H, 2T, D/H]
+    scores = torch.full((2, 2, frames, frames), -torch.inf, dtype=torch.float64)
+    for b, h, i, j in itertools.product(range(2), range(2), range(frames), range(frames)):
+        if mask[b, j]:
+            content = (query[b, h, i] + layer.content_bias[h]) @ key[b, h, j]
+            distance = (query[b, h, i] + layer.position_bias[h]) @ position[h, frames - (i - j)]
+            scores[b, h, i, j] = (content + distance) / 2.0  # sqrt of D/H = 4
+    expected = layer.out((scores.softmax(3) @ value).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(layer(values, positions, mask), expected)
+
+
+def test_positions_are_distances() -> None:
+    rows = relative_positions(3, 4, torch.device("cpu"))[0]
+    assert rows[:, 0].tolist() == pytest.approx([math.sin(d) for d in (3, 2, 1, 0, -1, -2)])
+
+
+def test_attention_weights_are_dropped_each_by_itself() -> None:
+    torch.manual_seed(0)
+    kept = keep((101, 7, 101), 0.9).float()  # a number of entries that 4 does not divide
+    assert kept.mean() == pytest.approx(0.9, abs=0.005)
+    flat = kept.flatten()
+    for apart in (1, 2, 3, 4, 101, 707):  # neighbours come from the same 64 bits
+        assert float(torch.corrcoef(torch.stack([flat[apart:], flat[:-apart]]))[0, 1]) == pytest.approx(0.0, abs=0.015)
+    assert [float(flat[i::4].mean()) for i in range(4)] == [pytest.approx(0.9, abs=0.01)] * 4
+    assert keep((1_000,), 1.0 - 1e-9).all()
+    torch.manual_seed(3)
+    first = keep((50,), 0.5)
+    torch.manual_seed(3)
+    assert torch.equal(first, keep((50,), 0.5))
+
+
+def test_attention_with_dropout_keeps_the_mean() -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(400, 1, 3, 4) for _ in range(3))
+    query, key, value = (part[:1].expand(400, 1, 3, 4) for part in (query, key, value))
+    mask, bias = torch.ones(400, 3, dtype=torch.bool), torch.zeros(400, 1, 3, 3)
+    without, with_dropout = (attend(query, key, value, bias, mask, dropout) for dropout in (0.0, 0.2))
+    torch.testing.assert_close(with_dropout.mean(0), without.mean(0), atol=0.1, rtol=0.0)
+    assert with_dropout.std(0).min() > 0.05
 
 
 def test_recording_dropout_drops_whole_channels_and_keeps_the_mean() -> None:

@@ -206,6 +206,19 @@ def test_ctc_is_the_likelihood_a_token() -> None:
     assert loss.item() == pytest.approx(-math.log(0.3 * 0.6 + 0.3 * 0.1 + 0.5 * 0.6), rel=1e-5)
 
 
+def test_ctc_has_the_gradient_of_ctc_over_all_classes() -> None:
+    """Repeated tokens, padding that is the blank, a text that fills its frames, an empty one, padded frames."""
+    logits = (3 * torch.randn(5, 12, 20, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    tokens = torch.tensor([[4, 4, 5, 2], [6, 7, 6, 7], [8, 2, 2, 2], [9, 9, 9, 9], [3, 0, 0, 0]])
+    lengths, frames = torch.tensor([3, 4, 1, 4, 0]), torch.tensor([12, 10, 1, 7, 9])
+    every = logits.double().log_softmax(2).transpose(0, 1)
+    expected = F.ctc_loss(every, tokens, frames, lengths, blank=2, reduction="none") / lengths.clamp(min=1)
+    found = objectives.ctc(logits, frames, tokens, lengths, blank=2)
+    assert float(found.detach()) == pytest.approx(float(expected.mean().detach()), rel=1e-5)
+    wanted, got = (torch.autograd.grad(loss, logits)[0] for loss in (expected.mean(), found))
+    torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-4)
+
+
 def test_ctc_frames_needed() -> None:
     assert objectives.ctc_frames_needed([3, 4, 5]) == 3
     assert objectives.ctc_frames_needed([3, 3, 4, 4, 4]) == 8

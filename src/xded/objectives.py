@@ -63,9 +63,35 @@ def ctc(logits: Tensor, frames: Tensor, tokens: Tensor, token_lengths: Tensor, b
     Returns:
         Scalar; infinite when a text does not fit into its frames (`ctc_frames_needed` tells before).
     """
-    log_probs = F.log_softmax(logits.float(), dim=2).transpose(0, 1)  # [T, B, V]
-    losses = F.ctc_loss(log_probs, tokens, frames, token_lengths, blank=blank, reduction="none")
+    losses = _ctc_losses(logits, frames, tokens[:, None], token_lengths[:, None], blank, zero_infinity=False)[:, 0]
     return (losses / token_lengths.clamp(min=1)).mean()
+
+
+def _ctc_losses(
+    logits: Tensor, frames: Tensor, tokens: Tensor, lengths: Tensor, blank: int, *, zero_infinity: bool
+) -> Tensor:
+    """-log p_ctc of W texts for each recording: [B, T, V], [B], [B, W, U] and [B, W] -> [B, W].
+
+    torch's CTC walks over all V classes. Here it gets those of the text alone, as 0 (the blank) and 1 to U: a fifth of
+    the time with 5,000 pieces.
+    """
+    count, words, most = tokens.shape
+    classes = torch.cat([torch.full_like(tokens[:, :, :1], blank), tokens], dim=2)  # [B, W, U + 1]
+    log_probs = F.log_softmax(logits.float(), dim=2)
+    listed = log_probs.gather(2, classes.view(count, 1, -1).expand(-1, logits.shape[1], -1))
+    listed = listed.unflatten(2, (words, most + 1)).permute(1, 0, 2, 3).flatten(1, 2)  # [T, B * W, U + 1]
+    numbers = 1 + (tokens[..., :, None] == tokens[..., None, :]).int().argmax(dim=3)  # equal tokens have one class
+    every = frames.repeat_interleave(words)
+    losses = F.ctc_loss(
+        listed, numbers.flatten(0, 1), every, lengths.flatten(),
+        blank=0, reduction="none", zero_infinity=zero_infinity,
+    )  # fmt: skip
+    if torch.is_grad_enabled():
+        # torch adds the classes' probabilities to the gradient, which a softmax over all that it is given would cancel
+        valid = valid_mask(every, len(listed)).T[:, :, None] & (losses > 0)[:, None]
+        added = listed.exp().masked_fill(~valid, 0.0).sum(dim=(0, 2))
+        losses = losses - (added - added.detach())
+    return losses.view(count, words)
 
 
 def ctc_frames_needed(tokens: list[int]) -> int:
@@ -137,13 +163,12 @@ def text_kd(logits: Tensor, frames: Tensor, tokens: Tensor, token_lengths: Tenso
     Returns:
         Scalar, mean over all recordings; one without a text, or whose text does not fit into its frames, counts 0.
     """
-    log_probs = F.log_softmax(logits.float(), dim=2).transpose(0, 1)  # [T, B, V]
-    losses = F.ctc_loss(log_probs, tokens, frames, token_lengths, blank=blank, reduction="none", zero_infinity=True)
+    losses = _ctc_losses(logits, frames, tokens[:, None], token_lengths[:, None], blank, zero_infinity=True)[:, 0]
     return torch.where(token_lengths > 0, losses / token_lengths.clamp(min=1), 0.0).mean()
 
 
 def word_log_probs(logits: Tensor, frames: Tensor, tokens: Tensor, lengths: Tensor, blank: int) -> Tensor:
-    """log p_ctc(word | recording) of W words for each recording, by one call for all B x W of them.
+    """log p_ctc(word | recording) of W words for each recording.
 
     Args:
         logits: [B, T, V]; frames: [B]; tokens: [B, W, U]; lengths: [B, W].
@@ -152,15 +177,10 @@ def word_log_probs(logits: Tensor, frames: Tensor, tokens: Tensor, lengths: Tens
         [B, W], not normalised over the words; `IMPOSSIBLE` (without a gradient) where there is no word, or one that
         does not fit into the frames.
     """
-    words = tokens.shape[1]
-    log_probs = F.log_softmax(logits.float(), dim=2).transpose(0, 1).repeat_interleave(words, dim=1)  # [T, B * W, V]
-    losses = F.ctc_loss(
-        log_probs, tokens.flatten(0, 1), frames.repeat_interleave(words), lengths.flatten(),
-        blank=blank, reduction="none", zero_infinity=True,
-    )  # fmt: skip
+    losses = _ctc_losses(logits, frames, tokens, lengths, blank, zero_infinity=True)
     again = (tokens[:, :, 1:] == tokens[:, :, :-1]) & _before(lengths - 1, tokens.shape[2] - 1)
     fits = (lengths > 0) & (lengths + again.sum(dim=2) <= frames[:, None])  # as `ctc_frames_needed`
-    return torch.where(fits, -losses.view_as(lengths), IMPOSSIBLE)
+    return torch.where(fits, -losses, IMPOSSIBLE)
 
 
 def _before(lengths: Tensor, most: int) -> Tensor:

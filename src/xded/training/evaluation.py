@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence, Set
+from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
 from statistics import fmean
 
 import torch
+from torch import Tensor
 
 from xded import decoding
 from xded.checks.outputs import loops
 from xded.config import Config, DecodeConfig
 from xded.corpus.manifest import Corpus, Recording
+from xded.decoding import Hypothesis
 from xded.models.recogniser import Recogniser
 from xded.models.student import Student
 from xded.scoring import Prediction, score
@@ -45,14 +47,24 @@ def recognise(
     """Recognises every recording of `data`, in its order."""
     student.eval()
     device = device or next(student.parameters()).device
-    predictions: dict[int, Prediction] = {}
+    found: dict[int, Hypothesis] = {}
     for places, batch in batches(data, config.batch_size):
-        batch = batch.to(device)
-        assert batch.features is not None
-        hypotheses = decoding.decode(student, batch.features, batch.feature_lengths, config, data.tokenizer, word_list)
-        for place, hypothesis in zip(places, hypotheses, strict=True):
-            predictions[place] = predicted(data.recordings[place], hypothesis.tokens, hypothesis.text, seed)
-    return [predictions[place] for place in range(len(data))]
+        encoded, lengths = _encode(student, batch.to(device))
+        hypotheses = decoding.decode_encoded(student, encoded, lengths, config, data.tokenizer, word_list)
+        found.update(zip(places, hypotheses, strict=True))
+    return _in_order(data, found, seed)
+
+
+def _encode(student: Student, batch: Batch) -> tuple[Tensor, Tensor]:
+    assert batch.features is not None
+    return student.encode(batch.features, batch.feature_lengths)
+
+
+def _in_order(data: TrainingData, found: Mapping[int, Hypothesis], seed: int) -> list[Prediction]:
+    return [
+        predicted(recording, found[place].tokens, found[place].text, seed)
+        for place, recording in enumerate(data.recordings)
+    ]
 
 
 def predicted(recording: Recording, tokens: Sequence[int], text: str, seed: int) -> Prediction:
@@ -79,14 +91,19 @@ def validate(student: Student, data: TrainingData, config: Config) -> dict[str, 
     student.eval()
     device = next(student.parameters()).device
     truth = config.model_copy(update={"objective": config.objective.supervised})
+    greedy = config.decode.model_copy(update={"beam": 1, "word_list": False})
     sums: Counter[str] = Counter()
+    found: dict[int, Hypothesis] = {}
     for places, batch in batches(data, config.decode.batch_size):
-        parts = loss_parts(student, batch.to(device), truth, data.tokenizer)
+        batch = batch.to(device)
+        batch.encoded, batch.encoded_lengths = _encode(student, batch)
+        parts = loss_parts(student, batch, truth, data.tokenizer)
         parts["val_loss"] = weighted_sum(parts, truth)
         sums.update({name: float(value) * len(places) for name, value in parts.items()})
+        hypotheses = decoding.decode_encoded(student, batch.encoded, batch.encoded_lengths, greedy, data.tokenizer)
+        found.update(zip(places, hypotheses, strict=True))
     measured = {name: sums[name] / len(data) for name in ("val_loss", "teacher_forced") if name in sums}
-    greedy = config.decode.model_copy(update={"beam": 1, "word_list": False})
-    return {**measured, **summarise(recognise(student, data, greedy), data.tokenizer)}
+    return {**measured, **summarise(_in_order(data, found, seed=0), data.tokenizer)}
 
 
 def summarise(predictions: Sequence[Prediction], tokenizer: Tokenizer) -> dict[str, float]:
