@@ -185,6 +185,18 @@ def test_attention_by_its_definition(frames: int) -> None:
     torch.testing.assert_close(layer(values, positions, mask), expected)
 
 
+def test_attention_of_few_recordings_at_a_time_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer = RelativeAttention(8, 2, dropout=0.0).train()
+    values, mask = torch.randn(5, 6, 8), valid_mask(torch.tensor([6, 2, 5, 6, 1]), 6)
+    outputs = []
+    for most in (2**21, 2 * 2 * 6 * 6, 1):  # all, two, one at a time
+        monkeypatch.setattr("xded.models.conformer.SCORES_AT_ONCE", most)
+        outputs.append(layer(values, relative_positions(6, 8, values.device), mask))
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0])
+
+
 def test_positions_are_distances() -> None:
     rows = relative_positions(3, 4, torch.device("cpu"))[0]
     assert rows[:, 0].tolist() == pytest.approx([math.sin(d) for d in (3, 2, 1, 0, -1, -2)])
@@ -209,8 +221,8 @@ def test_attention_with_dropout_keeps_the_mean() -> None:
     torch.manual_seed(0)
     query, key, value = (torch.randn(400, 1, 3, 4) for _ in range(3))
     query, key, value = (part[:1].expand(400, 1, 3, 4) for part in (query, key, value))
-    mask, bias = torch.ones(400, 3, dtype=torch.bool), torch.zeros(400, 1, 3, 3)
-    without, with_dropout = (attend(query, key, value, bias, mask, dropout) for dropout in (0.0, 0.2))
+    mask, distance = torch.ones(400, 3, dtype=torch.bool), torch.zeros(400, 1, 3, 6)
+    without, with_dropout = (attend(query, distance, key, value, mask, dropout) for dropout in (0.0, 0.2))
     torch.testing.assert_close(with_dropout.mean(0), without.mean(0), atol=0.1, rtol=0.0)
     assert with_dropout.std(0).min() > 0.05
 

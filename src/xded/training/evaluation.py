@@ -23,14 +23,17 @@ from xded.training.losses import loss_parts, weighted_sum
 
 # for WRA that is not reported by itself: validation, and cells of a matrix that states the conditions
 UNSTATED = {"speakers": "unknown", "words": "unknown", "word_list": "open", "decode": "greedy"}
+MOST_AT_ONCE_MS = 120_000  # of audio in a batch without gradients: memory grows with it
 
 
 def batches(data: TrainingData, batch_size: int) -> Iterator[tuple[list[int], Batch]]:
-    """All recordings of `data`, those of like length together, without augmentation."""
+    """All recordings of `data` without augmentation, those of like length together, and of long ones fewer."""
     lengths = data.lengths
     order = sorted(range(len(data)), key=lambda i: lengths[i])
-    for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
+    while order:
+        # from the longest one on, which says how many fit
+        count = max(1, min(batch_size, MOST_AT_ONCE_MS // max(1, lengths[order[-1]])))
+        places, order = order[-count:], order[:-count]
         yield places, collate([data[(0, place)] for place in places], data.tokenizer.eos)
 
 
