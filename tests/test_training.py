@@ -22,7 +22,7 @@ from xded.errors import CheckpointError, ConfigError, CorpusError, LeakageError,
 from xded.models.checkpoints import load
 from xded.models.student import Student
 from xded.tokenizer import Tokenizer
-from xded.training import loop, status
+from xded.training import evaluation, loop, status
 from xded.training.data import TrainingData
 from xded.training.loop import Loop
 from xded.training.run import fit
@@ -444,3 +444,19 @@ def test_gradient_watch_covers_a_thawed_encoder(corpus: Corpus, parent: Path, ou
     stages = [{"epochs": 1, "freeze_encoder": True}, {"epochs": 1}]
     fit(job_for(corpus, out, train={"stages": stages, "init": parent}), quiet=True)
     assert any(name.startswith("encoder.layers") for name in with_gradient(out))
+
+
+def test_batches_without_gradients_hold_few_long_recordings(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_for(corpus, tmp_path)
+    data = TrainingData(job.train, Student(job.config.model, 20).front_end, job.tokenizer)
+    longest = max(data.lengths)
+    for most_ms, batch_size, first in ((3 * longest, 100, 3), (longest // 2, 100, 1), (1_000 * longest, 4, 4)):
+        monkeypatch.setattr(evaluation, "MOST_AT_ONCE_MS", most_ms)
+        served = [places for places, _ in evaluation.batches(data, batch_size)]
+        assert sorted(place for places in served for place in places) == list(range(len(data)))
+        for places in served:
+            padded_ms = len(places) * max(data.lengths[place] for place in places)
+            assert len(places) == 1 or (padded_ms <= most_ms and len(places) <= batch_size)
+        assert len(served[0]) == first  # the longest ones
