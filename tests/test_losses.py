@@ -261,6 +261,12 @@ def test_the_guide_is_read_once(corpus: Corpus, wide: Path, tmp_path: Path, monk
     assert read == [wide]
 
 
+@pytest.mark.filterwarnings("error:.*empty generator:UserWarning")
+def test_a_guide_of_the_same_width_has_nothing_to_learn_beside(corpus: Corpus, parent: Path, tmp_path: Path) -> None:
+    fit(job_for(corpus, tmp_path, objective={"feature_kd": 1.0}, train={**STAGES, "guide": parent}), quiet=True)
+    assert not checkpoints.load(tmp_path / "latest.pt").get("auxiliary")
+
+
 def test_what_has_no_weight_changes_nothing(corpus: Corpus, wide: Path, tmp_path: Path) -> None:
     """Also the schedules: without teachers they have nothing to change."""
     fit(job_for(corpus, tmp_path / "plain", train=STAGES), quiet=True)

@@ -287,8 +287,9 @@ class Loop(L.LightningModule):
         if is_logged(update):
             self.watch("gradients", {"update": update, **gradient_norms(self.student, self.tokenizer.blank)})
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.run_config.train.gradient_clip)
-        if self.auxiliary is not None:  # by itself: what it learns must not shorten the student's steps
-            torch.nn.utils.clip_grad_norm_(self.auxiliary.parameters(), self.run_config.train.gradient_clip)
+        beside = list(self.auxiliary.parameters()) if self.auxiliary is not None else []
+        if beside:  # by itself: what it learns must not shorten the student's steps
+            torch.nn.utils.clip_grad_norm_(beside, self.run_config.train.gradient_clip)
         self.gradient_norm = float(norm)
         if not math.isfinite(self.gradient_norm) and "16-mixed" not in str(self.trainer.precision):
             self._refuse(f"the gradient's norm is {self.gradient_norm}")
