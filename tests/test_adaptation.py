@@ -214,8 +214,8 @@ def test_hearing_a_speaker_with_a_systematic_shift_helps(work: Path) -> None:
     curve = curve_in(work)
     unheard = curve.unheard["word list"].overall.wra_percent.value
     few, more = (p.scores.overall.wra_percent.value for p in curve.heard if p.decode == "open")
-    assert more > few
-    assert more > curve.unheard["open"].overall.wra_percent.value + 25
+    # how much more 8 takes bring than 2, twelve tested takes cannot tell
+    assert min(few, more) > curve.unheard["open"].overall.wra_percent.value + 25
     for point in curve.heard:
         if point.takes == 8 and point.decode == "word list":
             assert point.scores.overall.wra_percent.value > unheard + 10, point.method
