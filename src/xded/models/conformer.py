@@ -183,12 +183,15 @@ class RelativeAttention(nn.Module):
         scale = 1.0 / math.sqrt(self.head_width)  # of the queries: their products are many more
         content, query = ((query + bias[:, None]) * scale for bias in (self.content_bias, self.position_bias))
         position = self._split(self.position(positions)).transpose(2, 3)  # [1, H, D/H, 2T]
-        dropout = self.dropout if self.training else 0.0
-        # of long recordings few at a time, so that their scores stay in the processor's cache
-        rows = max(1, SCORES_AT_ONCE // (self.heads * frames**2)) if self.training and values.is_cpu else len(values)
-        parts = zip(*(part.split(rows) for part in (content, query, key, value, mask)), strict=True)
-        attended = [attend(c, torch.matmul(q, position), k, v, m, dropout) for c, q, k, v, m in parts]
-        return self.out(torch.cat(attended).transpose(1, 2).flatten(2))
+        if self.training and values.is_cpu:
+            # of long recordings few at a time, so that their scores stay in the processor's cache
+            rows = max(1, SCORES_AT_ONCE // (self.heads * frames**2))
+            parts = zip(*(part.split(rows) for part in (content, query, key, value, mask)), strict=True)
+            attended = torch.cat([attend(c, q @ position, k, v, m, self.dropout) for c, q, k, v, m in parts])
+        else:
+            dropout = self.dropout if self.training else 0.0
+            attended = attend(content, query @ position, key, value, mask, dropout)
+        return self.out(attended.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
