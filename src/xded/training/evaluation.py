@@ -33,7 +33,8 @@ def batches(data: TrainingData, batch_size: int) -> Iterator[tuple[list[int], Ba
     while order:
         # from the longest one on, which says how many fit
         count = max(1, min(batch_size, MOST_AT_ONCE_MS // max(1, lengths[order[-1]])))
-        places, order = order[-count:], order[:-count]
+        places = order[-count:]
+        del order[-count:]
         yield places, collate([data[(0, place)] for place in places], data.tokenizer.eos)
 
 
