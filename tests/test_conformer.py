@@ -173,8 +173,9 @@ def test_attention_by_its_definition(frames: int) -> None:
     values = torch.randn(2, frames, 8, dtype=torch.float64)
     positions = relative_positions(frames, 8, values.device).double()  # of the distances T .. -(T - 1)
     mask = valid_mask(torch.tensor([frames, max(1, frames - 2)]), frames)
-    query, key, value = (layer._split(part(values)) for part in (layer.query, layer.key, layer.value))
-    position = layer._split(layer.position(positions))[0]  # [H, 2T, D/H]
+    parts = (layer.query, layer.key, layer.value)
+    query, key, value = (part(values).unflatten(2, (2, 4)).transpose(1, 2) for part in parts)  # [B, H, T, D/H]
+    position = layer.position(positions)[0].unflatten(1, (2, 4)).transpose(0, 1)  # [H, 2T, D/H]
     scores = torch.full((2, 2, frames, frames), -torch.inf, dtype=torch.float64)
     for b, h, i, j in itertools.product(range(2), range(2), range(frames), range(frames)):
         if mask[b, j]:
@@ -204,27 +205,27 @@ def test_positions_are_distances() -> None:
 
 def test_attention_weights_are_dropped_each_by_itself() -> None:
     torch.manual_seed(0)
-    kept = keep((101, 7, 101), 0.9).float()  # a number of entries that 4 does not divide
+    kept = keep(torch.empty(101, 7, 101), 0.9)  # a number of entries that 4 does not divide
+    assert kept.unique().tolist() == [0.0, 1.0]
     assert kept.mean() == pytest.approx(0.9, abs=0.005)
     flat = kept.flatten()
     for apart in (1, 2, 3, 4, 101, 707):  # neighbours come from the same 64 bits
         assert float(torch.corrcoef(torch.stack([flat[apart:], flat[:-apart]]))[0, 1]) == pytest.approx(0.0, abs=0.015)
     assert [float(flat[i::4].mean()) for i in range(4)] == [pytest.approx(0.9, abs=0.01)] * 4
-    assert keep((1_000,), 1.0 - 1e-9).all()
+    assert keep(torch.empty(1_000), 1.0 - 1e-9).all()
     torch.manual_seed(3)
-    first = keep((50,), 0.5)
+    first = keep(torch.empty(50), 0.5)
     torch.manual_seed(3)
-    assert torch.equal(first, keep((50,), 0.5))
+    assert torch.equal(first, keep(torch.empty(50), 0.5))
 
 
 def test_attention_with_dropout_keeps_the_mean() -> None:
     torch.manual_seed(0)
-    query, key, value = (torch.randn(400, 1, 3, 4) for _ in range(3))
-    query, key, value = (part[:1].expand(400, 1, 3, 4) for part in (query, key, value))
-    mask, distance = torch.ones(400, 3, dtype=torch.bool), torch.zeros(400, 1, 3, 6)
+    query, key, value = (torch.randn(1, 1, 3, 4).expand(1, 400, 3, 4) for _ in range(3))
+    mask, distance = torch.ones(400, 3, dtype=torch.bool), torch.zeros(1, 400, 3, 6)
     without, with_dropout = (attend(query, distance, key, value, mask, dropout) for dropout in (0.0, 0.2))
-    torch.testing.assert_close(with_dropout.mean(0), without.mean(0), atol=0.1, rtol=0.0)
-    assert with_dropout.std(0).min() > 0.05
+    torch.testing.assert_close(with_dropout.mean(1), without.mean(1), atol=0.1, rtol=0.0)
+    assert with_dropout.std(1).min() > 0.05
 
 
 def test_recording_dropout_drops_whole_channels_and_keeps_the_mean() -> None:
@@ -234,13 +235,49 @@ def test_recording_dropout_drops_whole_channels_and_keeps_the_mean() -> None:
     assert out.unique().tolist() == [0.0, pytest.approx(4 / 3)]
     assert (out == out[:, :1]).all()  # one mask for all frames
     assert abs(out.mean() - 1.0) < 0.02
-    assert (dropout.eval()(torch.ones(2, 3, 4)) == 1.0).all()
+    added = dropout.add(torch.ones(200, 5, 50), torch.ones(200, 5, 50), 0.5)
+    assert added.unique().tolist() == [1.0, pytest.approx(1 + 0.5 * 4 / 3)]
+    assert (added == added[:, :1]).all()
+    dropout.eval()
+    assert (dropout(torch.ones(2, 3, 4)) == 1.0).all()
+    assert (dropout.add(torch.ones(2, 3, 4), torch.ones(2, 3, 4), 0.5) == 1.5).all()
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3, 4, 5, 8, 9, 100, 101])
 def test_reduce_is_what_subsampling_does(frames: int) -> None:
     out, lengths = Subsampling(16, 4, 8)(torch.randn(1, frames, 16), torch.tensor([frames]))
     assert out.shape[1] == lengths.item() == -(-frames // 4)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_subsampling_by_its_definition(bf16: bool) -> None:
+    """Padding that the first convolution wrote to is silent for the second; bf16 has another layout in memory."""
+    torch.manual_seed(0)
+    layer, lengths = Subsampling(16, 8, 12), torch.tensor([21, 9, 2])
+    features = torch.randn(3, 21, 16) * valid_mask(lengths, 21)[:, :, None]
+    nn.init.ones_(layer.conv1.bias)
+
+    def plain() -> Tensor:
+        hidden = nn.functional.relu(layer.conv1(features[:, None]))
+        hidden = hidden * valid_mask((lengths + 1) // 2, 11)[:, None, :, None]
+        hidden = nn.functional.relu(layer.conv2(hidden))
+        return layer.out(torch.cat([hidden[:, channel] for channel in range(8)], dim=2))  # [B, T/4, 8 mels/4]
+
+    def of_autocast() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            return layer(features, lengths)[0]
+
+    close = {"atol": 0.02, "rtol": 0.05} if bf16 else {"atol": 1e-5, "rtol": 1e-5}
+    weights = torch.randn(3, 6, 12)
+    found, wanted = of_autocast().float(), plain()
+    torch.testing.assert_close(found, wanted, **close)
+    parameters = list(layer.parameters())
+    for own, other in zip(
+        torch.autograd.grad((weights * found).sum(), parameters),
+        torch.autograd.grad((weights * wanted).sum(), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(own / other.norm(), other / other.norm(), **close)
 
 
 def test_encoded_frames_follow_from_the_samples() -> None:

@@ -9,7 +9,7 @@ trains the heads, and ours, which has kept the encoded frames, as from the secon
 A library that is not named is left out. NeMo and SpeechBrain have environments of their own (requirements.txt of
 `nemo_parity`, and requirements-speechbrain.txt here, which says how torchaudio is made to import); an absent one is
 made. transformers' Parakeet encoder is measured where the package is installed beside ours. The processes take turns,
-one step each, in changing order, so that other work on the machine slows all of them alike.
+a few steps each, in changing order, so that other work on the machine slows all of them alike.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from common import head  # noqa: E402
 NEMO_PACKAGES = HERE.parent / "nemo_parity" / "requirements.txt"
 SPEECHBRAIN_PACKAGES = HERE / "requirements-speechbrain.txt"
 BATCH = 8
-WARM_UP = 3
+WARM_UP = 1
 SIZES: dict[str, dict[str, Any]] = {
     "16 x 176": {"layers": 16, "width": 176, "channels": 176},
     "12 x 144": {"layers": 12, "width": 144, "channels": 144},
@@ -65,7 +65,7 @@ def prepare(env: Path, packages: Path) -> Path:
 
 @contextmanager
 def worker(side: Side, case: dict[str, Any]) -> Iterator[subprocess.Popen[str]]:
-    """A process that makes one training step for each line that it is sent."""
+    """A process that takes a turn for each line that it is sent."""
     command = [str(side.python), str(HERE / "worker.py"), side.library, json.dumps({**case, **side.special})]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -89,7 +89,7 @@ def answer_of(process: subprocess.Popen[str], ask: str = "") -> dict[str, float]
 
 
 def measure(sides: dict[str, Side], case: dict[str, Any], repeats: int) -> dict[str, dict[str, Any]]:
-    """Seconds of every step of every side, peak memory and parameters."""
+    """Seconds of a step of every side in every turn, peak memory and parameters."""
     with ExitStack() as stack:
         workers = {name: stack.enter_context(worker(side, case)) for name, side in sides.items()}
         results: dict[str, dict[str, Any]] = {name: dict(answer_of(process)) for name, process in workers.items()}
@@ -98,11 +98,11 @@ def measure(sides: dict[str, Side], case: dict[str, Any], repeats: int) -> dict[
         names = list(workers)
         for turn in range(WARM_UP + repeats):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                step = answer_of(workers[name], "step\n")
+                taken = answer_of(workers[name], "turn\n")
                 if turn >= WARM_UP:
-                    results[name]["seconds"].append(step["seconds"])
-                    results[name]["cpu_seconds"].append(step["cpu_seconds"])
-                results[name]["peak_mb"] = step["peak_mb"]
+                    results[name]["seconds"].append(taken["seconds"])
+                    results[name]["cpu_seconds"].append(taken["cpu_seconds"])
+                results[name]["peak_mb"] = taken["peak_mb"]
     return results
 
 
@@ -170,8 +170,8 @@ WHOLE = """
 Forward (features, encoder, CTC head of 5,000, 4-layer decoder), CTC and KL loss, backward, clipping, fused AdamW;
 dropout 0.1. transformers: Parakeet's encoder (its first layers are depthwise separable: fewer operations) and our
 features."""
-RATIOS = """{} steps of each, in turn, one process each. Medians; times are absolute. Ratios: its step to ours in
-float32 and to ours in bf16 of the same turn, wall clock and CPU.
+RATIOS = """{} turns of each, one process each: a step that is not counted, then the mean of three. Medians; times are
+absolute. Ratios: its step to ours in float32 and to ours in bf16 of the same turn, wall clock and CPU.
 """
 COLUMNS = (
     *("layers x width", "batch", "side", "encoder, M", "step, s (quartiles)", "ratio", "to bf16"),
@@ -184,7 +184,7 @@ def main() -> None:
     parser.add_argument("--nemo", type=Path, help="folder of NeMo's environment")
     parser.add_argument("--speechbrain", type=Path, help="folder of SpeechBrain's environment")
     parser.add_argument("--frozen", action="store_true", help="the step of a stage with a frozen encoder, 16 x 176")
-    parser.add_argument("--repeats", type=int, default=15, help="steps of each that are counted")
+    parser.add_argument("--repeats", type=int, default=15, help="turns of each that are counted")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--sizes", choices=list(SIZES), nargs="+", default=list(SIZES))
     options = parser.parse_args()

@@ -1,8 +1,9 @@
-"""One library's training step, in that library's environment: `worker.py LIBRARY CASE_JSON`, a step for each line read.
+"""One library's training step, in that library's environment: `worker.py LIBRARY CASE_JSON`, a turn for each line read.
 
 LIBRARY is `xded` (ours.py), `nemo`, `speechbrain` or `transformers`. The others' front ends and encoders have the same
-heads and loss, written here with torch's own modules. Answers are JSON lines: first what was built, then the seconds of
-each step.
+heads and loss, written here with torch's own modules. Answers are JSON lines: first what was built, then the mean seconds
+of a turn's steps. They follow one another, as in training; the first of a turn, before which another process had the
+processor and its cache, is not counted.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ VOCABULARY = 5_000
 TOKENS = 6
 DECODER_LAYERS, DECODER_FEED_FORWARD = 4, 1_024
 DROPOUT = 0.1
+COUNTED = 3  # steps of a turn
 
 
 class Nemo(nn.Module):
@@ -181,22 +183,30 @@ def main() -> None:
         trained = Peer(library, case, *batch)
     optimizer = torch.optim.AdamW(trained.parameters, lr=1e-4, fused=True)
 
-    def step() -> dict[str, float]:
-        started, cpu_started = perf_counter(), process_time()
+    def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         loss = trained.loss()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained.parameters, 1.0)
         optimizer.step()
         assert torch.isfinite(norm), "the step does not learn"
-        return {"seconds": perf_counter() - started, "cpu_seconds": process_time() - cpu_started}
+
+    def turn() -> dict[str, float]:
+        step()
+        started, cpu_started = perf_counter(), process_time()
+        for _ in range(COUNTED):
+            step()
+        return {
+            "seconds": (perf_counter() - started) / COUNTED,
+            "cpu_seconds": (process_time() - cpu_started) / COUNTED,
+        }
 
     def answer(**values: Any) -> None:
         print(json.dumps(values), file=answers, flush=True)
 
     answer(encoder_parameters=sum(p.numel() for p in trained.encoder.parameters()))
     for _ in sys.stdin:
-        answer(**step(), peak_mb=peak_mb())
+        answer(**turn(), peak_mb=peak_mb())
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ def depthwise(values: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
     """Convolves each channel with its own kernel, with zeros around: [B, T, D], [D, 1, K odd] and [D] -> [B, T, D]."""
     if values.is_cuda or not torch.is_grad_enabled():
         return _convolve(values, kernel, bias)
-    convolved: Tensor = _Depthwise.apply(values, kernel.to(values.dtype))
-    return convolved if bias is None else convolved + bias.to(values.dtype)
+    bias = None if bias is None else bias.to(values.dtype)
+    convolved: Tensor = _Depthwise.apply(values, kernel.to(values.dtype), bias)
+    return convolved
 
 
 def _convolve(values: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -27,16 +28,16 @@ class _Depthwise(torch.autograd.Function):
     """The same with gradients of its own: torch's take ten times as long as the convolution."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, kernel: Tensor) -> Tensor:
+    def forward(ctx: Any, values: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(values, kernel)
-        return _convolve(values, kernel)
+        return _convolve(values, kernel, bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         values, kernel = ctx.saved_tensors
         batch, frames, width = values.shape
         half = kernel.shape[2] // 2
-        of_values, of_kernel = None, None
+        of_values, of_kernel, of_bias = None, None, None
         if ctx.needs_input_grad[0]:
             of_values = _convolve(gradient, kernel.flip(2))
         if ctx.needs_input_grad[1]:
@@ -44,4 +45,6 @@ class _Depthwise(torch.autograd.Function):
             rows = F.pad(values.transpose(1, 2), (half, half)).reshape(1, batch * width, frames + 2 * half)
             kernels = gradient.transpose(1, 2).reshape(batch * width, 1, frames)
             of_kernel = F.conv1d(rows, kernels, groups=batch * width).view(batch, width, -1).sum(0)[:, None]
-        return of_values, of_kernel
+        if ctx.needs_input_grad[2]:
+            of_bias = gradient.sum((0, 1))
+        return of_values, of_kernel, of_bias
