@@ -9,7 +9,7 @@ import torch
 from tiny_corpus import MODEL
 from xded.checks.attention import attention, dead_heads, movement
 from xded.config import ModelConfig
-from xded.models.attention import cross_attention, kept_weights
+from xded.models.cross_attention import cross_attention, kept_weights
 from xded.models.student import Student
 
 HEARS = {"ctc": 8.0, "decoder": 5.0}

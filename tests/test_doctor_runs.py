@@ -19,6 +19,7 @@ from xded.doctor.given import Given
 from xded.doctor.run_folder import read_run
 from xded.findings import Examination, Finding
 from xded.models.checkpoints import load, save
+from xded.models.decoder import Decoder
 from xded.training import loop as training_loop
 from xded.training.loop import Loop
 from xded.training.run import fit
@@ -122,8 +123,7 @@ def test_a_checkpoint_alone_of_layers_that_thawed_has_no_problem(corpus: Corpus,
 
 
 def test_no_gradient_through_the_decoder(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = nn.TransformerDecoder.forward
-    monkeypatch.setattr(nn.TransformerDecoder, "forward", torch.no_grad()(forward))
+    monkeypatch.setattr(Decoder, "forward", torch.no_grad()(Decoder.forward))
     finding = worst(examined(trained(corpus, tmp_path / "run")))
     assert (finding.check, finding.severity) == ("no-gradient", "refuse")
     silent = finding.evidence["silent"]

@@ -32,7 +32,7 @@ from xded.doctor.inspection import (
 )
 from xded.doctor.run_folder import read_run
 from xded.errors import CheckpointError, ConfigError, CorpusError
-from xded.models.attention import cross_attention
+from xded.models.cross_attention import cross_attention
 from xded.models.recogniser import Recogniser, load_recogniser
 from xded.models.student import decoder_input
 from xded.report.run_page import render

@@ -19,6 +19,7 @@ from xded.doctor.probe_training import Bench, usable
 from xded.features import valid_mask
 from xded.findings import Examination, Finding
 from xded.models import conformer, student
+from xded.models.attention import masked
 from xded.models.recogniser import Recogniser, load_recogniser
 from xded.models.student import Student
 from xded.scoring import Prediction
@@ -90,9 +91,9 @@ def test_a_decoder_without_gradient_learns_nothing_by_heart(bench: Bench, monkey
     def without_gradient(self: Student, tokens: Tensor, encoded: Tensor, lengths: Tensor) -> Tensor:
         with torch.no_grad():
             hidden = self.embedding(tokens) * self.config.width**0.5 + self.positions[: tokens.shape[1]]
-            padding = ~valid_mask(lengths, encoded.shape[1])
-            future = torch.ones(2 * (tokens.shape[1],), dtype=torch.bool).triu(1)
-            hidden = self.decoder(hidden, encoded, tgt_mask=future, memory_key_padding_mask=padding)
+            seen = masked(torch.ones(2 * (tokens.shape[1],), dtype=torch.bool).tril(), hidden.dtype)
+            valid = masked(valid_mask(lengths, encoded.shape[1])[:, None], hidden.dtype)
+            hidden = self.decoder(hidden, encoded, seen, valid)
         return self.decoder_head(hidden)
 
     monkeypatch.setattr(Student, "decoder_logits", without_gradient)

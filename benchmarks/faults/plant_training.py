@@ -255,7 +255,7 @@ def no_end(bench: Workbench, out: Path) -> list[Path]:
 @fault("the decoder sees the answer", FAMILY, "free-running")
 def sees_the_answer(bench: Workbench, out: Path) -> list[Path]:
     """The decoder's input is not shifted: at every step it is given the token that it should write."""
-    with patch("xded.training.loop.decoder_input", lambda tokens, bos: tokens):
+    with patch("xded.training.losses.decoder_input", lambda tokens, bos: tokens):
         run = bench.train(out / "run", *bench.from_scratch, "--set", "decode.mode=decoder")
     return [bench.evaluate(run)]
 

@@ -1,9 +1,9 @@
 """One library's training step, in that library's environment: `worker.py LIBRARY CASE_JSON`, a turn for each line read.
 
 LIBRARY is `xded` (ours.py), `nemo`, `speechbrain` or `transformers`. The others' front ends and encoders have the same
-heads and loss, written here with torch's own modules. Answers are JSON lines: first what was built, then the mean seconds
-of a turn's steps. They follow one another, as in training; the first of a turn, before which another process had the
-processor and its cache, is not counted.
+heads and loss, written here with torch's own modules. Answers are JSON lines: first what was built, then the mean
+seconds of a turn's steps. They follow one another, as in training; the first of a turn, before which another process
+had the processor and its cache, is not counted.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from xded.decoding import decode_encoded
 from xded.doctor.runs import batches_per_epoch
 from xded.errors import ConfigError, CorpusError
 from xded.features import LogMel, hertz_to_mel, mel_to_hertz
-from xded.models.attention import cross_attention
+from xded.models.cross_attention import cross_attention
 from xded.models.recogniser import Recogniser
 from xded.models.student import decoder_input
 from xded.targets.aggregate import dense

@@ -43,7 +43,7 @@ from xded.doctor.probe_training import (
 )
 from xded.errors import ConfigError, CorpusError, XdedError
 from xded.findings import Examination, Finding
-from xded.models.attention import cross_attention
+from xded.models.cross_attention import cross_attention
 from xded.models.recogniser import Recogniser
 from xded.models.student import Student, decoder_input
 from xded.objectives import TopK

@@ -1,57 +1,62 @@
-"""Where the decoder looks: the weights of its cross-attention over the encoded frames."""
+"""Attention of the encoder and of the decoder, and dropout of single entries."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
-from xded.models.student import Student
-
-
-@contextmanager
-def kept_weights(student: Student) -> Iterator[list[Tensor]]:
-    """While it is open, every pass of the decoder adds a layer's weights to the list: [B, heads, U, T'] each."""
-    kept: list[Tensor] = []
-
-    def ask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, "need_weights": True, "average_attn_weights": False}
-
-    def keep(module: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> None:
-        kept.append(output[1])
-
-    handles = []
-    for layer in student.decoder.layers:
-        assert isinstance(layer, nn.TransformerDecoderLayer)
-        handles += [
-            layer.multihead_attn.register_forward_pre_hook(ask, with_kwargs=True),
-            layer.multihead_attn.register_forward_hook(keep),
-        ]
-    try:
-        yield kept
-    finally:
-        for handle in handles:
-            handle.remove()
+MASKED = -1e4  # bias of what must not be attended to: exp() of it is 0, and a row of nothing else has no NaN
 
 
-@torch.no_grad()
-def cross_attention(student: Student, features: Tensor, lengths: Tensor, tokens: Tensor) -> Tensor:
-    """Cross-attention of every decoder layer while it reads or writes a text about one recording.
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: float) -> Tensor:
+    """softmax(q k' + bias) v.
+
+    Fused on a GPU. On a processor plain products are quicker up to 900 frames: 6 times at 50 without gradients.
 
     Args:
-        student: in eval mode.
-        features: [1, T, mels]; lengths: valid frames, [1].
-        tokens: [1, U], starting with <s>: what the decoder has seen before each step (`decoder_input`).
+        query, key, value: [H, B, U, D/H] and [H, B, T, D/H] twice, the queries with the scale.
+        bias: [H, B, U, T], or what broadcasts to it; `MASKED` where a query must not attend.
+        dropout: share of the weights that are dropped.
 
     Returns:
-        [layers, heads, U, T'], T' the valid encoded frames; the weights of a step sum to 1.
+        [H, B, U, D/H].
     """
-    if len(features) != 1 or student.training:
-        raise ValueError("cross_attention takes one recording and a student in eval mode")
-    encoded, encoded_lengths = student.encode(features, lengths)
-    with kept_weights(student) as kept:
-        student.decoder_logits(tokens, encoded, encoded_lengths)
-    return torch.cat(kept)[..., : int(encoded_lengths[0])]
+    if not query.is_cpu:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=1.0)
+    weights = torch.matmul(query, key.transpose(2, 3)).add_(bias).softmax(dim=3)
+    if dropout == 0.0:
+        return torch.matmul(weights, value)
+    return torch.matmul(weights * keep(weights, 1.0 - dropout), value) / (1.0 - dropout)
+
+
+def masked(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bias that lets through what is True: [...] bool -> [...]."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, MASKED)
+
+
+def in_heads(projected: Tensor, width: int) -> Tensor:
+    """[B, T, N * width] -> [N, B, T, width], each head in one piece of memory."""
+    return projected.unflatten(2, (-1, width)).permute(2, 0, 1, 3).contiguous()
+
+
+def joined(attended: Tensor) -> Tensor:
+    """[H, B, T, D/H] -> [B, T, D]."""
+    return attended.permute(1, 2, 0, 3).flatten(2)
+
+
+def dropout(values: Tensor, probability: float) -> Tensor:
+    """Drops each entry by itself."""
+    return values * (keep(values, 1.0 - probability) / (1.0 - probability)) if probability else values
+
+
+def keep(like: Tensor, probability: float) -> Tensor:
+    """Ones and zeros of this shape, 1 with this probability (to 1/65,536), each by itself.
+
+    On a processor this takes a quarter of the time of `bernoulli_`.
+    """
+    if not like.is_cpu:
+        return torch.empty_like(like).bernoulli_(probability)
+    words = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(-(2**63), None)  # 64 random bits each
+    bits = words.view(torch.int16)[: like.numel()].view(like.shape)
+    return torch.le(bits, round(probability * 2**16) - 2**15 - 1, out=torch.empty_like(bits, dtype=like.dtype))

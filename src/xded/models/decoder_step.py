@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xded.features import valid_mask
+from xded.models.attention import masked
 from xded.models.student import Student
 
 
@@ -38,9 +39,8 @@ class DecoderStep(nn.Module):
 
         [B, T', D] -> two [layers, B, heads, T', D / heads].
         """
-        heard = self.student.bridge(encoded)
-        pairs = [self._project(layer.multihead_attn, heard, 1, 3) for layer in self._layers()]
-        return torch.stack([keys for keys, _ in pairs]), torch.stack([values for _, values in pairs])
+        keys, values = self.student.decoder.heard(self.student.bridge(encoded))
+        return keys.transpose(1, 2), values.transpose(1, 2)
 
     def forward(
         self, tokens: Tensor, memory_keys: Tensor, memory_values: Tensor, lengths: Tensor, keys: Tensor, values: Tensor
@@ -56,41 +56,29 @@ class DecoderStep(nn.Module):
         Returns:
             Logits of the next token [B, V], and the keys and values of U + 1 tokens.
         """
-        student = self.student
+        student, decoder = self.student, self.student.decoder
         position = student.positions[keys.shape[3] : keys.shape[3] + 1]  # [1, D]
         hidden = student.embedding(tokens) * math.sqrt(student.config.width) + position  # [B, 1, D]
-        heard = valid_mask(lengths, memory_keys.shape[3])[:, None, None, :]  # [B, 1, 1, T']
+        heard = masked(valid_mask(lengths, memory_keys.shape[3])[:, None, None], hidden.dtype)  # [B, 1, 1, T']
         all_keys, all_values = [], []
-        for number, layer in enumerate(self._layers()):
-            normed = layer.norm1(hidden)
-            query, key, value = self._project(layer.self_attn, normed, 0, 3)
+        for number, layer in enumerate(decoder.each()):
+            query, key, value = (part.transpose(0, 1) for part in decoder.own(layer, hidden))
             all_keys.append(torch.cat([keys[number], key], dim=2))
             all_values.append(torch.cat([values[number], value], dim=2))
             hidden = hidden + self._attend(layer.self_attn, query, all_keys[-1], all_values[-1])
-            (query,) = self._project(layer.multihead_attn, layer.norm2(hidden), 0, 1)
+            query = decoder.asked(layer, hidden).transpose(0, 1)
             hidden = hidden + self._attend(
                 layer.multihead_attn, query, memory_keys[number], memory_values[number], heard
             )
             hidden = hidden + layer.linear2(F.relu(layer.linear1(layer.norm3(hidden))))
-        assert student.decoder.norm is not None
-        logits = student.decoder_head(student.decoder.norm(hidden))[:, 0]
+        assert decoder.norm is not None
+        logits = student.decoder_head(decoder.norm(hidden))[:, 0]
         return logits, torch.stack(all_keys), torch.stack(all_values)
-
-    def _layers(self) -> list[nn.TransformerDecoderLayer]:
-        return list(self.student.decoder.layers)
-
-    def _project(self, attention: nn.MultiheadAttention, inputs: Tensor, first: int, end: int) -> list[Tensor]:
-        """Query (0), key (1) and value (2) number `first` to `end`: [B, U, D] -> [B, heads, U, D / heads] each."""
-        width = attention.embed_dim
-        rows = slice(first * width, end * width)
-        projected = F.linear(inputs, attention.in_proj_weight[rows], attention.in_proj_bias[rows])
-        split = projected.unflatten(2, (end - first, self.heads, width // self.heads))
-        return [part.transpose(1, 2) for part in split.unbind(2)]
 
     @staticmethod
     def _attend(
         attention: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     ) -> Tensor:
         """[B, heads, 1, D / heads] over [B, heads, U, D / heads] -> [B, 1, D]."""
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=1.0)
         return attention.out_proj(attended.transpose(1, 2).flatten(2))

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from xded.config import FeatureConfig, ModelConfig
 from xded.features import LogMel, valid_mask
 from xded.models import processor
+from xded.models.attention import masked
 from xded.models.conformer import Conformer
+from xded.models.decoder import Decoder
 from xded.models.hugging_face import HuggingFaceEncoder, HuggingFaceFrontEnd
 
 MOST_TOKENS = 512  # longest prefix that the decoder's positions are made for
@@ -72,10 +74,7 @@ class Student(nn.Module):
         self.bridge = nn.Identity() if alike else nn.Linear(self.encoder.width, config.width)
         self.embedding = nn.Embedding(vocabulary, config.width)
         self.register_buffer("positions", sinusoids(MOST_TOKENS, config.width), persistent=False)
-        layer = nn.TransformerDecoderLayer(
-            config.width, config.heads, config.decoder_feed_forward, config.dropout, batch_first=True, norm_first=True
-        )
-        self.decoder = nn.TransformerDecoder(layer, config.decoder_layers, norm=nn.LayerNorm(config.width))
+        self.decoder = Decoder(config)
         self.decoder_dropout = nn.Dropout(config.dropout)
         self.decoder_head = nn.Linear(config.width, vocabulary)
         for parameter in self.decoder.parameters():  # nn.TransformerDecoder copies one layer: start them apart
@@ -120,11 +119,9 @@ class Student(nn.Module):
         if seen is None:
             seen = torch.ones(2 * tokens.shape[1:], dtype=torch.bool, device=tokens.device).tril()
         positions = self.positions[seen.sum(1) - 1]
-        hidden = self.embedding(tokens) * math.sqrt(self.config.width) + positions
-        padding = ~valid_mask(encoded_lengths, encoded.shape[1])
-        hidden = self.decoder(
-            self.decoder_dropout(hidden), self.bridge(encoded), tgt_mask=~seen, memory_key_padding_mask=padding
-        )
+        hidden = self.decoder_dropout(self.embedding(tokens) * math.sqrt(self.config.width) + positions)
+        valid = valid_mask(encoded_lengths, encoded.shape[1])[:, None]
+        hidden = self.decoder(hidden, self.bridge(encoded), masked(seen, encoded.dtype), masked(valid, encoded.dtype))
         return self.decoder_head(hidden)
 
     def parameter_counts(self) -> dict[str, int]:
