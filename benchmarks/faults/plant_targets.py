@@ -25,7 +25,7 @@ from xded.models.student import Student
 from xded.scoring import Prediction, read_predictions, write_predictions
 from xded.targets.aggregate import combine, top_k
 from xded.targets.store import Entry, Index, Posterior, Store, StoreWriter, audio_hash, read_index
-from xded.teachers import posteriors
+from xded.teachers import aggregation, posteriors
 from xded.teachers.adapt import Teachers
 from xded.training.data import TrainingData
 
@@ -215,17 +215,17 @@ def independent(bench: Workbench, out: Path) -> list[Path]:
 @fault("one teacher delayed", FAMILY, "spike-misalignment", "blank-average")
 def delayed(bench: Workbench, out: Path) -> list[Path]:
     """One teacher's front end pads 0.24 s in front and keeps the length: its frames come 6 late."""
-    extract = posteriors.extract
+    extract = aggregation.extract
 
-    def late(original: Callable[..., np.ndarray], self: TrainingData, index: int) -> np.ndarray:
-        heard = original(self, index)
+    def late(original: Callable[..., np.ndarray], self: TrainingData, *asked: Any) -> np.ndarray:
+        heard = original(self, *asked)
         return np.concatenate([np.zeros_like(heard[:24]), heard])[: len(heard)]
 
     def one_late(teacher: Path, speaker: str, *rest: Any) -> None:
         with around(TrainingData, "features", late) if speaker == "T02" else nullcontext():
             extract(teacher, speaker, *rest)
 
-    with patch.object(posteriors, "extract", one_late):
+    with patch.object(aggregation, "extract", one_late):
         make_targets(bench, out / "targets")
     return [out / "targets", bench.corpus]
 
@@ -254,7 +254,9 @@ def teacher_forced(bench: Workbench, out: Path) -> list[Path]:
         tested = [rows[p.recording] for p in before]
         posteriors.extract(teachers / "teachers" / path.stem / "best.pt", path.stem, tested, config, folder)
         said: list[Prediction] = []
-        for prediction, (_, posterior) in zip(before, rows_of(folder / "decoder"), strict=True):
+        store = Store(folder / "decoder")
+        for prediction in before:
+            posterior = store.read(prediction.recording)
             best = np.take_along_axis(posterior.ids, posterior.probabilities.argmax(1)[:, None], 1)[:-1, 0]
             text, tokens = bench.tokenizer.decode(best.tolist()), tuple(best.tolist())
             said.append(replace(prediction, hypothesis=text, tokens=tokens))
@@ -289,8 +291,8 @@ def slowed_down(bench: Workbench, out: Path) -> list[Path]:
     """Teachers heard the audio through a speed perturbation of 0.8 that had been left on."""
     features = TrainingData.features
 
-    def stretched(self: TrainingData, index: int) -> np.ndarray:
-        heard = features(self, index)
+    def stretched(self: TrainingData, *asked: Any) -> np.ndarray:
+        heard = features(self, *asked)
         return heard[np.minimum((np.arange(round(len(heard) / 0.8)) * 0.8).astype(int), len(heard) - 1)]
 
     with patch.object(TrainingData, "features", stretched):
@@ -303,7 +305,7 @@ def held_out_teacher(bench: Workbench, out: Path) -> list[Path]:
     """Targets come from the teachers of another fold, the one adapted to the held-out speaker among them; no guard."""
     targets = out / "targets"
     words = ("targets", "--config", bench.recipe, "--teachers", bench.teachers_of_three, "--no-controls")
-    with patch("xded.teachers.posteriors.guard"):
+    with patch("xded.teachers.aggregation.guard"):
         xded(*words, "--exclude", "T03", "--held-out", "C01", "--out", targets, "--jobs", 1)
     with patch("xded.training.preflight.guard"):
         run = bench.train(out / "run", *bench.from_parent, "--exclude", "T03", "--targets", targets, "--ctc-kd", 1)

@@ -202,8 +202,8 @@ def through_nan(bench: Workbench, out: Path) -> list[Path]:
     """A division by a standard deviation of 0 in a few recordings; the check for finite losses was taken out."""
     features = TrainingData.features
 
-    def divided(self: TrainingData, index: int) -> Any:
-        return features(self, index) * (math.nan if index % 97 == 96 else 1.0)
+    def divided(self: TrainingData, index: int, *view: Any) -> Any:
+        return features(self, index, *view) * (math.nan if index % 97 == 96 else 1.0)
 
     with patch.object(TrainingData, "features", divided), patch.object(Loop, "_refuse"):
         run = bench.train(out / "run", *bench.from_scratch)
@@ -233,7 +233,7 @@ def vanishing(bench: Workbench, out: Path) -> list[Path]:
 def zero_features(bench: Workbench, out: Path) -> list[Path]:
     """The normaliser divides by the wrong axis and everything that the encoder gets is 0, for 530 updates."""
     longer = "train.stages=[{epochs: 24, peak_lr: 0.003}]"
-    with around(TrainingData, "features", lambda original, self, index: 0 * original(self, index)):
+    with around(TrainingData, "features", lambda original, self, *asked: 0 * original(self, *asked)):
         run = bench.train(out / "run", "--set", longer)
     return [bench.evaluate(run)]
 
