@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -61,3 +64,30 @@ def test_a_system_without_mallopt_goes_on(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(ctypes, "CDLL", absent)
     assert not processor.keep_freed_memory()
+
+
+def test_routines_of_many_lengths_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    processor.keep_routines()
+    assert int(os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) > 100 * 100  # lengths of an epoch, routines of each
+
+
+def test_how_many_routines_the_user_wants_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
+    processor.keep_routines()
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"
+
+
+def test_preparing_comes_before_the_first_product() -> None:
+    """oneDNN reads the number once: a process that has made a recogniser keeps the routines of its first step."""
+    code = (
+        "import os, torch\n"
+        "from xded.models import processor\n"
+        "made = []\n"
+        "processor._single_precision = lambda: made.append(os.environ.get('ONEDNN_PRIMITIVE_CACHE_CAPACITY')) or True\n"
+        "processor.prepare()\n"
+        "print(made)"
+    )
+    asked = {key: value for key, value in os.environ.items() if key != "ONEDNN_PRIMITIVE_CACHE_CAPACITY"}
+    shown = subprocess.run([sys.executable, "-c", code], env=asked, capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == f"['{processor.KEPT_ROUTINES}']"

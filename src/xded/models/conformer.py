@@ -170,9 +170,9 @@ class RelativeAttention(nn.Module):
             bias = relative_shift(distance) + masked(mask, distance.dtype)[:, None]
             return attend(content, key, value, bias, self.dropout if self.training else 0.0)
 
-        at_once = max(1, SCORES_AT_ONCE // (self.heads * values.shape[1] ** 2))
-        if self.training and values.is_cpu and at_once < len(values):
+        if self.training and values.is_cpu and self.heads * mask.numel() * mask.shape[1] > SCORES_AT_ONCE:
             # of long recordings few at a time, so that their scores stay in the processor's cache
+            at_once = max(1, SCORES_AT_ONCE // (self.heads * mask.shape[1] ** 2))
             split = [part.split(at_once, dim=1) for part in (content, query, key, value)]
             parts = zip(*split, mask.split(at_once), strict=True)
             output = torch.cat([attended(*part) for part in parts], dim=1)
