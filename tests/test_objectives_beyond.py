@@ -151,7 +151,7 @@ def test_feature_kd_is_zero_for_the_same_direction() -> None:
     lengths = torch.tensor([4, 2])
     loss = objectives.feature_kd(encoded, 3.0 * encoded.detach(), lengths)
     assert float(loss.detach()) == pytest.approx(0.0, abs=1e-6)
-    assert float(objectives.feature_kd(encoded, -encoded.detach(), lengths)) == pytest.approx(2.0, abs=1e-6)
+    assert float(objectives.feature_kd(encoded.detach(), -encoded.detach(), lengths)) == pytest.approx(2.0, abs=1e-6)
     guide = random(2, 4, 6, seed=1).requires_grad_()
     objectives.feature_kd(encoded, guide.detach(), lengths).backward()
     assert encoded.grad is not None
