@@ -24,10 +24,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: flo
     """
     if not query.is_cpu:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=1.0)
-    weights = torch.matmul(query, key.transpose(2, 3)).add_(bias).softmax(dim=3)
+    weights = weights_of(query, key, bias)
     if dropout == 0.0:
         return torch.matmul(weights, value)
     return torch.matmul(weights * keep(weights, 1.0 - dropout), value) / (1.0 - dropout)
+
+
+def weights_of(query: Tensor, key: Tensor, bias: Tensor) -> Tensor:
+    """softmax(q k' + bias), as in `attend`: [H, B, U, T]."""
+    return torch.matmul(query, key.transpose(2, 3)).add_(bias).softmax(dim=3)
 
 
 def masked(mask: Tensor, dtype: torch.dtype) -> Tensor:

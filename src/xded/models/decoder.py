@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xded.config import ModelConfig
-from xded.models.attention import attend, dropout, in_heads, joined
+from xded.models.attention import attend, dropout, in_heads, joined, weights_of
 
 
 class Decoder(nn.TransformerDecoder):
@@ -70,7 +70,7 @@ class Decoder(nn.TransformerDecoder):
             hidden = hidden + dropout(layer.self_attn.out_proj(attended), share)
             query = self.asked(layer, hidden)
             if self.watched is not None:
-                self.watched.append((query @ keys.transpose(2, 3) + valid).softmax(dim=3).transpose(0, 1))
+                self.watched.append(weights_of(query, keys, valid).transpose(0, 1))
             attended = joined(attend(query, keys, values, valid, share))
             hidden = hidden + dropout(layer.multihead_attn.out_proj(attended), share)
             inner = dropout(F.relu(layer.linear1(layer.norm3(hidden))), share)
