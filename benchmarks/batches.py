@@ -28,7 +28,7 @@ from xded.corpus.vocoder import SAMPLE_RATE, write_flac
 from xded.models.student import Student
 from xded.tokenizer import Tokenizer
 from xded.training.data import TrainingData, collate
-from xded.training.loop import parameter_groups
+from xded.training.optimizer import AdamW
 from xded.training.losses import loss_parts, weighted_sum
 from xded.training.order import Order, RunSampler
 
@@ -80,7 +80,7 @@ def waiting(size: str, threads: int, folder: Path) -> dict[str, float]:
     tokenizer = Tokenizer.train(words, "char", 64, "upper")
     student = Student(config.model, tokenizer.size, config.features)
     data = TrainingData(recordings, student.front_end, tokenizer, augmentation=config.augment)
-    optimiser = torch.optim.AdamW(parameter_groups(student, 0.01), lr=1e-4, fused=True)
+    optimiser = AdamW([student], 0.01, lr=1e-4)
     sampler = RunSampler(Order(tuple(data.lengths), 8, 0), 3)
     loader = DataLoader(data, batch_sampler=sampler, collate_fn=partial(collate, eos=tokenizer.eos))
     spent = np.zeros((3, 2))

@@ -181,11 +181,11 @@ def stepping(_: Path, vocabulary: float) -> Callable[[], object]:
     import torch
 
     from xded.training.data import Batch
-    from xded.training.loop import parameter_groups
+    from xded.training.optimizer import AdamW
     from xded.training.losses import loss_parts, weighted_sum
 
     student, config, tokenizer = make_student(int(vocabulary))
-    optimiser = torch.optim.AdamW(parameter_groups(student, 0.01), lr=1e-4, fused=True)
+    optimiser = AdamW([student], 0.01, lr=1e-4)
     batch = Batch(
         recordings=[f"r{n}" for n in range(8)], speakers=["s"] * 8, features=torch.randn(8, 300, config.features.mels),
         feature_lengths=torch.full((8,), 300), encoded=None, encoded_lengths=None,

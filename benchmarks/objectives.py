@@ -25,7 +25,7 @@ from xded.objectives import TopK, WordTarget
 from xded.tokenizer import Tokenizer
 from xded.training.auxiliary import Auxiliary
 from xded.training.data import MOST_WORDS, Batch
-from xded.training.loop import parameter_groups
+from xded.training.optimizer import AdamW
 from xded.training.losses import loss_parts, weighted_sum
 
 WORDS = ("ABLE", "BRAVO", "CANDLE", "DREAM")
@@ -80,8 +80,7 @@ class Way:
         self.student = Student(config.model, tokenizer.size, config.features).train()
         width = 2 * self.student.encoder.width  # of a larger guide: with a projection
         self.auxiliary = Auxiliary(self.student.encoder.width, width, [f"s{i}" for i in range(4)], 0)
-        groups = parameter_groups(self.student, 0.01) + parameter_groups(self.auxiliary, 0.01)
-        self.optimiser = torch.optim.AdamW(groups, lr=1e-4, fused=True)
+        self.optimiser = AdamW([self.student, self.auxiliary], 0.01, lr=1e-4)
         self.batch = make_batch(self.student, tokenizer, width)
 
     def step(self) -> float:

@@ -137,7 +137,7 @@ def test_a_head_that_the_optimiser_does_not_know(
     def without_ctc_head(student: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         return [{"params": [p for name, p in student.named_parameters() if not name.startswith("ctc_head")]}]
 
-    monkeypatch.setattr(training_loop, "parameter_groups", without_ctc_head)
+    monkeypatch.setattr(optimizer, "parameter_groups", without_ctc_head)
     finding = worst(examined(trained(corpus, tmp_path / "run")))
     assert finding.check == "no-gradient"
     assert finding.evidence["silent"] == ["ctc_head.bias", "ctc_head.weight"]

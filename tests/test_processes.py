@@ -30,7 +30,7 @@ from xded.training import processes, run, status
 from xded.training.data import TrainingData
 from xded.training.job import Job
 from xded.training.launching import launch
-from xded.training.loop import CollapsedRunError, InterruptedRunError, Loop, parameter_groups
+from xded.training.loop import CollapsedRunError, InterruptedRunError, Loop
 from xded.training.order import Order, RunSampler
 from xded.training.processes import Place, device_of, place_of
 from xded.training.run import fit
@@ -65,8 +65,12 @@ def job_of(folder: Path, case: str, out: Path, devices: int) -> Job:
 def use_plain_descent(set_attribute: Callable[[Any, str, Any], object]) -> None:
     """AdamW makes of a gradient that is all rounding a step like any other; plain descent leaves it small."""
 
+    class Descent(torch.optim.SGD):
+        def clip(self, part: int, most: float) -> torch.Tensor:
+            return torch.nn.utils.clip_grad_norm_(self.param_groups[part]["params"], most)
+
     def descent(self: Loop) -> torch.optim.Optimizer:
-        return torch.optim.SGD(parameter_groups(self.student, 0.0), lr=0.0, momentum=0.9)
+        return Descent(self.student.parameters(), lr=0.0, momentum=0.9)
 
     set_attribute(Loop, "configure_optimizers", descent)
     set_attribute(status, "METRICS_EVERY_UPDATES", 1)

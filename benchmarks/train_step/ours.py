@@ -15,6 +15,7 @@ from xded.objectives import TopK
 from xded.tokenizer import Tokenizer
 from xded.training.data import Batch
 from xded.training.losses import loss_parts, weighted_sum
+from xded.training.optimizer import AdamW
 
 KEPT = 32  # entries of a stored target
 
@@ -56,7 +57,7 @@ class Xded:
             with torch.inference_mode():
                 encoded, lengths = self.student.encode(*self.student.front_end(waveforms, samples))
             self.batch.encoded, self.batch.encoded_lengths = encoded.clone(), lengths.clone()
-        self.parameters = [p for p in self.student.parameters() if p.requires_grad]
+        self.optimizer = AdamW([self.student], 0.01, lr=1e-4)
 
     def loss(self) -> Tensor:
         """Forward and loss, as the project's loop has them."""
@@ -64,6 +65,10 @@ class Xded:
             self.batch.features, self.batch.feature_lengths = self.student.front_end(self.waveforms, self.samples)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16, cache_enabled=False):
             return weighted_sum(loss_parts(self.student, self.batch, self.config, self.pieces), self.config)
+
+    def clip(self) -> Tensor:
+        """Norm of the gradient, which the optimiser's step shortens to at most 1."""
+        return self.optimizer.clip(0, 1.0)
 
     def plain_loss(self) -> Tensor:
         """The same loss written out in float64."""

@@ -26,7 +26,7 @@ MELS = 80
 VOCABULARY = 5_000
 TOKENS = 6
 DECODER_LAYERS, DECODER_FEED_FORWARD = 4, 1_024
-DROPOUT = 0.1
+DROPOUT, LEARNING_RATE = 0.1, 1e-4
 COUNTED = 3  # steps of a turn
 
 
@@ -145,6 +145,7 @@ class Peer:
             self.encoder.requires_grad_(False).eval()
         both = (*self.encoder.parameters(), *self.heads.parameters())
         self.parameters = [p for p in both if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, fused=True)
 
     def loss(self) -> Tensor:
         """Forward and loss."""
@@ -152,6 +153,10 @@ class Peer:
         with torch.no_grad() if self.frozen else nullcontext():
             encoded, lengths = self.encoder(waveforms, samples)
         return self.heads.loss(encoded, lengths, tokens, target)
+
+    def clip(self) -> Tensor:
+        """Norm of the gradient, which is then at most 1."""
+        return torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
 
 
 def peak_mb() -> float:
@@ -181,14 +186,13 @@ def main() -> None:
         trained: Any = Xded(case, *batch)
     else:
         trained = Peer(library, case, *batch)
-    optimizer = torch.optim.AdamW(trained.parameters, lr=1e-4, fused=True)
 
     def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
+        trained.optimizer.zero_grad(set_to_none=True)
         loss = trained.loss()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(trained.parameters, 1.0)
-        optimizer.step()
+        norm = trained.clip()
+        trained.optimizer.step()
         assert torch.isfinite(norm), "the step does not learn"
 
     def turn() -> dict[str, float]:

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -37,6 +37,7 @@ from xded.training.curriculum import require_same_order
 from xded.training.data import Batch, TrainingData
 from xded.training.losses import loss_parts, weighted_sum
 from xded.training.monitor import FrozenParts, gradient_norms, unused_parts
+from xded.training.optimizer import AdamW
 from xded.training.order import Order
 from xded.training.schedule import Schedule
 from xded.training.status import is_logged
@@ -62,13 +63,6 @@ class CollapsedRunError(TrainingError):
 
     def __reduce__(self) -> tuple[type[CollapsedRunError], tuple[Finding]]:  # on its way from another process
         return type(self), (self.finding,)
-
-
-def parameter_groups(student: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices, none for biases, norms and embeddings' scale."""
-    matrices = [p for p in student.parameters() if p.dim() > 1]
-    vectors = [p for p in student.parameters() if p.dim() <= 1]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
 def worth(measured: Mapping[str, float]) -> tuple[bool, float, float]:
@@ -148,12 +142,9 @@ class Loop(L.LightningModule):
         self.last_saved = self.first_batch // self.schedule.accumulate
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW with the design's betas; the learning rate is set before every update."""
-        groups = parameter_groups(self.student, self.run_config.train.weight_decay)
-        if self.auxiliary is not None:
-            beside = parameter_groups(self.auxiliary, self.run_config.train.weight_decay)
-            groups += [group for group in beside if group["params"]]
-        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-9, fused=True)
+        """The learning rate is set before every update."""
+        beside = [self.auxiliary] if self.auxiliary is not None else []
+        return AdamW([self.student, *beside], self.run_config.train.weight_decay)
 
     def on_train_start(self) -> None:
         """Puts the optimiser (and the loss scaler of 16-mixed) back where the checkpoint left them."""
@@ -286,11 +277,10 @@ class Loop(L.LightningModule):
         update = self.update_of(self.current)
         if is_logged(update):
             self.watch("gradients", {"update": update, **gradient_norms(self.student, self.tokenizer.blank)})
-        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.run_config.train.gradient_clip)
-        beside = list(self.auxiliary.parameters()) if self.auxiliary is not None else []
-        if beside:  # by itself: what it learns must not shorten the student's steps
-            torch.nn.utils.clip_grad_norm_(beside, self.run_config.train.gradient_clip)
-        self.gradient_norm = float(norm)
+        clip = cast(AdamW, optimizer).clip
+        self.gradient_norm = float(clip(0, self.run_config.train.gradient_clip))
+        if self.auxiliary is not None:  # by itself: what it learns must not shorten the student's steps
+            clip(1, self.run_config.train.gradient_clip)
         if not math.isfinite(self.gradient_norm) and "16-mixed" not in str(self.trainer.precision):
             self._refuse(f"the gradient's norm is {self.gradient_norm}")
         self.skipped += not math.isfinite(self.gradient_norm)  # the loss scaler of 16-mixed leaves the update out

@@ -1,0 +1,62 @@
+"""AdamW (Loshchilov & Hutter, arXiv:1711.05101) whose clipping takes no pass over the gradients of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def parameter_groups(part: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for matrices, none for biases, norms and embeddings' scale."""
+    matrices = [p for p in part.parameters() if p.dim() > 1]
+    vectors = [p for p in part.parameters() if p.dim() <= 1]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's fused AdamW with the design's betas.
+
+    Args:
+        parts: what is trained. The gradient of each part is clipped by itself.
+        weight_decay: of matrices.
+        lr: learning rate, until it is set.
+    """
+
+    def __init__(self, parts: list[nn.Module], weight_decay: float, lr: float = 0.0) -> None:
+        of_parts = [[group for group in parameter_groups(part, weight_decay) if group["params"]] for part in parts]
+        groups = [group for of_part in of_parts for group in of_part]
+        super().__init__(groups, lr=lr, betas=(0.9, 0.98), eps=1e-9, fused=True)
+        self.part_of_group = [number for number, of_part in enumerate(of_parts) for _ in of_part]
+        self.excess: dict[int, Tensor] = {}
+        self._step_supports_amp_scaling = False  # the loss scaler of 16-mixed divides before the norm is taken
+
+    def clip(self, part: int, most: float) -> Tensor:
+        """The norm of a part's gradient; where it is above `most`, the next step divides by what it is too long."""
+        pairs = zip(self.param_groups, self.part_of_group, strict=True)
+        parameters = [p for group, of in pairs if of == part for p in group["params"]]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if norm > most:
+            self.excess[part] = norm / most
+        return norm
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One update, in one pass."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group, part in zip(self.param_groups, self.part_of_group, strict=True):
+            parameters, gradients, means, squares, largest, counts = lists = ([], [], [], [], [], [])
+            self._init_group(group, *lists)
+            torch._foreach_add_(counts, 1)
+            torch._fused_adamw_(
+                parameters, gradients, means, squares, largest, counts,
+                lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
+                weight_decay=group["weight_decay"], amsgrad=False, maximize=False, grad_scale=self.excess.get(part),
+            )  # fmt: skip
+        self.excess.clear()
+        return loss
