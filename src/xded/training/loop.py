@@ -20,7 +20,7 @@ from typing import Any, cast
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from torch import Tensor
 
 from xded.checks.learning import collapsed
 from xded.config import Config
