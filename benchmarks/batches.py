@@ -28,8 +28,8 @@ from xded.corpus.vocoder import SAMPLE_RATE, write_flac
 from xded.models.student import Student
 from xded.tokenizer import Tokenizer
 from xded.training.data import TrainingData, collate
-from xded.training.optimizer import AdamW
 from xded.training.losses import loss_parts, weighted_sum
+from xded.training.optimizer import AdamW
 from xded.training.order import Order, RunSampler
 
 METADATA = ROOT.parent / "shared" / "reference" / "teacher_metadata"

@@ -181,8 +181,8 @@ def stepping(_: Path, vocabulary: float) -> Callable[[], object]:
     import torch
 
     from xded.training.data import Batch
-    from xded.training.optimizer import AdamW
     from xded.training.losses import loss_parts, weighted_sum
+    from xded.training.optimizer import AdamW
 
     student, config, tokenizer = make_student(int(vocabulary))
     optimiser = AdamW([student], 0.01, lr=1e-4)

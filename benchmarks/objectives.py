@@ -25,8 +25,8 @@ from xded.objectives import TopK, WordTarget
 from xded.tokenizer import Tokenizer
 from xded.training.auxiliary import Auxiliary
 from xded.training.data import MOST_WORDS, Batch
-from xded.training.optimizer import AdamW
 from xded.training.losses import loss_parts, weighted_sum
+from xded.training.optimizer import AdamW
 
 WORDS = ("ABLE", "BRAVO", "CANDLE", "DREAM")
 RECORDINGS, FEATURE_FRAMES, WARM_UP = 16, 100, 3

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from xded.config import FeatureConfig, ModelConfig
 from xded.features import valid_mask
-from xded.models.attention import attend, keep
+from xded.models.attention import attend, keep, masked
 from xded.models.conformer import (
     MaskedBatchNorm,
     RecordingDropout,
     RelativeAttention,
     Subsampling,
+    Valid,
     relative_positions,
 )
 from xded.models.student import Student
@@ -144,22 +145,22 @@ def test_padding_gets_no_gradient() -> None:
 
 def test_masked_batch_norm_is_batch_norm_over_the_valid_frames() -> None:
     values, mask = torch.randn(3, 9, 4), valid_mask(torch.tensor([9, 4, 6]), 9)
-    masked, plain = MaskedBatchNorm(4), nn.BatchNorm1d(4)
-    torch.testing.assert_close(masked(values, mask)[mask], plain(values[mask]))
-    torch.testing.assert_close(masked.running_var, plain.running_var)
-    masked.eval()
+    ours, plain, valid = MaskedBatchNorm(4), nn.BatchNorm1d(4), Valid(mask, values.dtype)
+    torch.testing.assert_close(ours(values, valid)[mask], plain(values[mask]))
+    torch.testing.assert_close(ours.running_var, plain.running_var)
+    ours.eval()
     plain.eval()
-    torch.testing.assert_close(masked(values, mask)[mask], plain(values[mask]))
+    torch.testing.assert_close(ours(values, valid)[mask], plain(values[mask]))
 
 
 def test_masked_batch_norm_has_the_gradient_of_the_valid_frames() -> None:
     values, mask = torch.randn(3, 9, 4, requires_grad=True), valid_mask(torch.tensor([9, 4, 6]), 9)
     weights = torch.randn(3, 9, 4)
-    masked, plain = (torch.autograd.grad((weights[mask] * out).sum(), values)[0] for out in (
-        MaskedBatchNorm(4)(values, mask)[mask], nn.BatchNorm1d(4)(values[mask])
+    ours, plain = (torch.autograd.grad((weights[mask] * out).sum(), values)[0] for out in (
+        MaskedBatchNorm(4)(values, Valid(mask, values.dtype))[mask], nn.BatchNorm1d(4)(values[mask])
     ))  # fmt: skip
-    torch.testing.assert_close(masked, plain)
-    assert not masked[~mask].any()
+    torch.testing.assert_close(ours, plain)
+    assert not ours[~mask].any()
 
 
 @pytest.mark.parametrize("frames", [1, 5])
@@ -172,33 +173,34 @@ def test_attention_by_its_definition(frames: int) -> None:
     values = torch.randn(2, frames, 8, dtype=torch.float64)
     positions = relative_positions(frames, 8, values.device).double()  # of the distances T .. -(T - 1)
     mask = valid_mask(torch.tensor([frames, max(1, frames - 2)]), frames)
+    by_head = layer.position(positions).unflatten(1, (2, 4)).permute(1, 2, 0)  # [H, D/H, 2T]
     parts = (layer.query, layer.key, layer.value)
     query, key, value = (part(values).unflatten(2, (2, 4)).transpose(1, 2) for part in parts)  # [B, H, T, D/H]
-    position = layer.position(positions)[0].unflatten(1, (2, 4)).transpose(0, 1)  # [H, 2T, D/H]
     scores = torch.full((2, 2, frames, frames), -torch.inf, dtype=torch.float64)
     for b, h, i, j in itertools.product(range(2), range(2), range(frames), range(frames)):
         if mask[b, j]:
             content = (query[b, h, i] + layer.content_bias[h]) @ key[b, h, j]
-            distance = (query[b, h, i] + layer.position_bias[h]) @ position[h, frames - (i - j)]
+            distance = (query[b, h, i] + layer.position_bias[h]) @ by_head[h, :, frames - (i - j)]
             scores[b, h, i, j] = (content + distance) / 2.0  # sqrt of D/H = 4
     expected = layer.out((scores.softmax(3) @ value).transpose(1, 2).flatten(2))
-    torch.testing.assert_close(layer(values, positions, mask), expected)
+    torch.testing.assert_close(layer(values, by_head, masked(mask, values.dtype)[:, None]), expected)
 
 
 def test_attention_of_few_recordings_at_a_time_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     layer = RelativeAttention(8, 2, dropout=0.0).train()
-    values, mask = torch.randn(5, 6, 8), valid_mask(torch.tensor([6, 2, 5, 6, 1]), 6)
+    values, position = torch.randn(5, 6, 8), torch.randn(2, 4, 12)
+    bias = masked(valid_mask(torch.tensor([6, 2, 5, 6, 1]), 6), values.dtype)[:, None]
     outputs = []
     for most in (2**21, 2 * 2 * 6 * 6, 1):  # all, two, one at a time
         monkeypatch.setattr("xded.models.conformer.SCORES_AT_ONCE", most)
-        outputs.append(layer(values, relative_positions(6, 8, values.device), mask))
+        outputs.append(layer(values, position, bias))
     for output in outputs[1:]:
         torch.testing.assert_close(output, outputs[0])
 
 
 def test_positions_are_distances() -> None:
-    rows = relative_positions(3, 4, torch.device("cpu"))[0]
+    rows = relative_positions(3, 4, torch.device("cpu"))
     assert rows[:, 0].tolist() == pytest.approx([math.sin(d) for d in (3, 2, 1, 0, -1, -2)])
 
 
@@ -228,17 +230,41 @@ def test_attention_with_dropout_keeps_the_mean() -> None:
 
 def test_recording_dropout_drops_whole_channels_and_keeps_the_mean() -> None:
     torch.manual_seed(0)
-    dropout = RecordingDropout(0.25)
-    out = dropout(torch.ones(200, 5, 50))
+    ones = torch.ones(200, 5, 50)
+    dropout = RecordingDropout(0.25, ones)
+    out = dropout(ones)
     assert out.unique().tolist() == [0.0, pytest.approx(4 / 3)]
     assert (out == out[:, :1]).all()  # one mask for all frames
     assert abs(out.mean() - 1.0) < 0.02
-    added = dropout.add(torch.ones(200, 5, 50), torch.ones(200, 5, 50), 0.5)
+    added = dropout.add(ones, ones, 0.5)
     assert added.unique().tolist() == [1.0, pytest.approx(1 + 0.5 * 4 / 3)]
     assert (added == added[:, :1]).all()
-    dropout.eval()
-    assert (dropout(torch.ones(2, 3, 4)) == 1.0).all()
-    assert (dropout.add(torch.ones(2, 3, 4), torch.ones(2, 3, 4), 0.5) == 1.5).all()
+    none = RecordingDropout(0.0, ones)
+    assert (none(ones) == 1.0).all()
+    assert (none.add(ones, ones, 0.5) == 1.5).all()
+
+
+def test_masks_that_are_drawn_together_are_independent() -> None:
+    torch.manual_seed(0)
+    wide = torch.ones(2, 1, 1_500)
+    dropout = RecordingDropout(0.5, wide)
+    masks = torch.stack([dropout(wide).flatten() for _ in range(7)])  # more than is drawn at once
+    apart = torch.corrcoef(masks) - torch.eye(7)
+    assert apart.abs().max() < 0.08  # 1 / sqrt(3,000) is 0.018
+
+
+def test_a_frozen_layer_drops_nothing() -> None:
+    student = tiny(0.3).train()
+    features, lengths = ragged([60, 80]), torch.tensor([60, 80])
+    student.encoder.layers[0].eval()
+    seen: list[Tensor] = []
+    student.encoder.layers[0].register_forward_hook(lambda _, given, found: seen.extend([given[0], found]))
+    student.encode(features, lengths)
+    given, found = seen
+    mask = valid_mask(student.encoder.reduce(lengths), given.shape[1])
+    layer, position = student.encoder.layers[0], student.encoder._positions(given)[0]
+    off = RecordingDropout(0.0, given)
+    torch.testing.assert_close(layer(given, position, Valid(mask, given.dtype), off), found)
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3, 4, 5, 8, 9, 100, 101])

@@ -20,7 +20,7 @@ from xded.doctor.run_folder import read_run
 from xded.findings import Examination, Finding
 from xded.models.checkpoints import load, save
 from xded.models.decoder import Decoder
-from xded.training import loop as training_loop
+from xded.training import optimizer
 from xded.training.loop import Loop
 from xded.training.run import fit
 from xded.training.schedule import Schedule

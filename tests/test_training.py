@@ -25,6 +25,7 @@ from xded.tokenizer import Tokenizer
 from xded.training import evaluation, loop, status
 from xded.training.data import TrainingData
 from xded.training.loop import Loop
+from xded.training.optimizer import AdamW
 from xded.training.run import fit
 from xded.training.schedule import Schedule
 from xded.training.status import read_status
@@ -64,15 +65,15 @@ def test_the_optimiser_really_uses_the_schedule(
     corpus: Corpus, out: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
 ) -> None:
     used: list[float] = []
-    step = torch.optim.AdamW.step
+    step = AdamW.step
 
-    def stepping(self: torch.optim.AdamW, closure: Any = None) -> Any:
+    def stepping(self: AdamW, closure: Any = None) -> Any:
         result = step(self, closure)
         used.append(self.param_groups[0]["lr"])
         assert {group["lr"] for group in self.param_groups} == {used[-1]}
         return result
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", stepping)
+    monkeypatch.setattr(AdamW, "step", stepping)
     stages = [{"epochs": 4, "peak_lr": 3e-3}, {"epochs": 1, "peak_lr": 1e-3}]
     fit(job_for(corpus, out, train={"stages": stages, "accumulate": accumulate}), quiet=True)
     schedule = Schedule(tuple(StageConfig(**s) for s in stages), 5, accumulate, 2_000, "cosine")

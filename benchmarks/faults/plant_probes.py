@@ -13,7 +13,8 @@ from torch import Tensor
 
 from faults.plant_training import around
 from faults.workbench import Workbench, fault
-from xded.models.conformer import Convolution, RelativeAttention
+from xded.models import conformer
+from xded.models.conformer import Valid
 from xded.models.student import Student
 from xded.objectives import TopK
 from xded.training.data import Batch
@@ -25,11 +26,10 @@ FAMILY: Final = "probes"
 def no_masks() -> Iterator[None]:
     """Attention and convolution see the padding."""
 
-    def unmasked(original: Callable[..., Tensor], self: Any, *args: Tensor) -> Tensor:
-        *values, mask = args
-        return original(self, *values, torch.ones_like(mask))
+    def unmasked(original: Callable[..., Valid], mask: Tensor, dtype: torch.dtype) -> Valid:
+        return original(torch.ones_like(mask), dtype)
 
-    with around(RelativeAttention, "forward", unmasked), around(Convolution, "forward", unmasked):
+    with around(conformer, "Valid", unmasked):
         yield
 
 

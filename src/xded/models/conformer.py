@@ -8,6 +8,7 @@ are linear layers, which is the same arithmetic and faster.
 from __future__ import annotations
 
 import math
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -21,32 +22,51 @@ from xded.models.depthwise import depthwise
 from xded.models.style import mix_style, whiten
 
 SCORES_AT_ONCE = 2**21  # of attention in training, on a processor
+MASKS_AT_ONCE = 4_096  # channels
 
 
-class RecordingDropout(nn.Module):
-    """Dropout with one mask per recording and channel, shared by all frames.
+class RecordingDropout:
+    """Dropout of one pass with one mask per recording and channel, shared by all frames.
 
-    Cheaper than a mask per frame (random numbers cost a tenth of a small step), and as strong
-    a regulariser (Gal & Ghahramani 2016, arXiv:1512.05287).
+    Cheaper than a mask per frame (random numbers cost a tenth of a small step), and as strong a regulariser (Gal &
+    Ghahramani 2016, arXiv:1512.05287). Masks are drawn many at a time, as each draw has its price.
+
+    Args:
+        probability: of being dropped; like: [B, ...], what is dropped is of this many recordings, type and place.
     """
 
-    def __init__(self, probability: float) -> None:
-        super().__init__()
-        self.probability = probability
+    def __init__(self, probability: float, like: Tensor) -> None:
+        self.probability, self.drawn = probability, like.new_empty(len(like), 1, 0)
 
-    def forward(self, values: Tensor) -> Tensor:
+    def __call__(self, values: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        return values * self._mask(values) if self.training and self.probability else values
+        return values * self._mask(values.shape[2]) if self.probability else values
 
     def add(self, values: Tensor, branch: Tensor, share: float = 1.0) -> Tensor:
         """values + share * dropout(branch), in one pass: [B, T, D] twice -> [B, T, D]."""
-        if self.training and self.probability:
-            return torch.addcmul(values, branch, self._mask(branch), value=share)
+        if self.probability:
+            return torch.addcmul(values, branch, self._mask(branch.shape[2]), value=share)
         return torch.add(values, branch, alpha=share)
 
-    def _mask(self, values: Tensor) -> Tensor:
-        probability = 1.0 - self.probability
-        return keep(values[:, :1], probability) / probability
+    def _mask(self, width: int) -> Tensor:
+        if self.drawn.shape[2] < width:
+            kept = 1.0 - self.probability
+            self.drawn = keep(self.drawn.new_empty(len(self.drawn), 1, max(width, MASKS_AT_ONCE)), kept).div_(kept)
+        mask, self.drawn = self.drawn.tensor_split([width], dim=2)
+        return mask
+
+
+class Valid:
+    """Which frames belong to their recording, in the forms in which the layers ask for it."""
+
+    def __init__(self, mask: Tensor, dtype: torch.dtype) -> None:
+        self.mask = mask  # [B, T]
+        self.bias = masked(mask, dtype)[:, None]  # of attention: [B, 1, T]
+
+    @cached_property
+    def places(self) -> Tensor:
+        """Their numbers [N] among all B * T."""
+        return self.mask.flatten().nonzero()[:, 0]
 
 
 class MaskedBatchNorm(nn.BatchNorm1d):
@@ -58,18 +78,18 @@ class MaskedBatchNorm(nn.BatchNorm1d):
 
     counted = True
 
-    def forward(self, values: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
-        """[B, T, D] and mask [B, T] -> [B, T, D] (padding undefined)."""
+    def forward(self, values: Tensor, valid: Valid) -> Tensor:  # type: ignore[override]
+        """[B, T, D] -> [B, T, D] (padding undefined)."""
         if not self.training:
             assert self.running_mean is not None
             assert self.running_var is not None
             scale = self.weight * torch.rsqrt(self.running_var + self.eps)
             return (values - self.running_mean) * scale + self.bias
         normalise = super().forward if collective.count() == 1 else self._normalise_together
-        frames, valid = values.flatten(0, 1), mask.flatten().nonzero()[:, 0]
+        frames = values.flatten(0, 1)
         # not values[mask]: the gradient of that is ten times as slow on a processor
-        normalised = normalise(frames.index_select(0, valid)).to(values.dtype)
-        return torch.zeros_like(frames).index_copy(0, valid, normalised).view_as(values)
+        normalised = normalise(frames.index_select(0, valid.places)).to(values.dtype)
+        return torch.zeros_like(frames).index_copy_(0, valid.places, normalised).view_as(values)
 
     def _normalise_together(self, values: Tensor) -> Tensor:
         """Batch norm over the frames of all processes (as torch's SyncBatchNorm, which only GPUs have): [N, D].
@@ -126,11 +146,11 @@ class Subsampling(nn.Module):
 
 
 def relative_positions(frames: int, width: int, device: torch.device) -> Tensor:
-    """Sinusoids for the distances frames .. -(frames-1): [1, 2 frames, D]."""
+    """Sinusoids for the distances frames .. -(frames-1): [2 frames, D]."""
     distances = torch.arange(frames, -frames, -1, device=device, dtype=torch.float32)
     steps = torch.arange(0, width, 2, device=device, dtype=torch.float32)
     angles = distances[:, None] * torch.exp(steps * -(math.log(10_000.0) / width))
-    return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[None, :, :width]
+    return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[:, :width]
 
 
 def relative_shift(distance: Tensor) -> Tensor:
@@ -155,44 +175,51 @@ class RelativeAttention(nn.Module):
         self.position_bias = nn.Parameter(torch.zeros(heads, self.head_width))
         self.dropout = dropout
 
-    def forward(self, values: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        """[B, T, D], [1, 2T, D] and mask [B, T] -> [B, T, D]."""
+    def forward(self, values: Tensor, position: Tensor, valid: Tensor) -> Tensor:
+        """Attends.
+
+        Args:
+            values: [B, T, D].
+            position: projected relative positions, by head [H, D/H, 2T].
+            valid: bias of `attend` [B, 1, T].
+
+        Returns:
+            [B, T, D].
+        """
         scale = 1.0 / math.sqrt(self.head_width)  # of the queries: their products are many more
         weight = torch.cat([self.query.weight * scale, self.key.weight, self.value.weight])  # one product for three
-        bias = torch.cat([self.query.bias * scale, self.key.bias, self.value.bias])
-        query, key, value = in_heads(F.linear(values, weight, bias), self.head_width).chunk(3)  # [H, B, T, D/H]
-        biases = (scale * torch.stack([self.content_bias, self.position_bias])).to(query.dtype)
-        content, query = query + biases[0, :, None, None], query + biases[1, :, None, None]
-        position = self.position(positions[0]).unflatten(1, (-1, self.head_width)).permute(1, 2, 0)  # [H, D/H, 2T]
+        asked = scale * (self.query.bias + self.content_bias.flatten())
+        bias = torch.cat([asked, self.key.bias, self.value.bias])
+        content, key, value = in_heads(F.linear(values, weight, bias), self.head_width).chunk(3)  # [H, B, T, D/H]
+        instead = scale * (self.position_bias - self.content_bias)
+        query = content + instead.to(content.dtype)[:, None, None]
 
-        def attended(content: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        def attended(content: Tensor, query: Tensor, key: Tensor, value: Tensor, valid: Tensor) -> Tensor:
             distance = torch.matmul(query.flatten(1, 2), position).unflatten(1, query.shape[1:3])
-            bias = relative_shift(distance) + masked(mask, distance.dtype)[:, None]
-            return attend(content, key, value, bias, self.dropout if self.training else 0.0)
+            return attend(content, key, value, relative_shift(distance) + valid, self.dropout if self.training else 0.0)
 
-        if self.training and values.is_cpu and self.heads * mask.numel() * mask.shape[1] > SCORES_AT_ONCE:
+        if self.training and values.is_cpu and self.heads * valid.numel() * valid.shape[2] > SCORES_AT_ONCE:
             # of long recordings few at a time, so that their scores stay in the processor's cache
-            at_once = max(1, SCORES_AT_ONCE // (self.heads * mask.shape[1] ** 2))
+            at_once = max(1, SCORES_AT_ONCE // (self.heads * valid.shape[2] ** 2))
             split = [part.split(at_once, dim=1) for part in (content, query, key, value)]
-            parts = zip(*split, mask.split(at_once), strict=True)
+            parts = zip(*split, valid.split(at_once), strict=True)
             output = torch.cat([attended(*part) for part in parts], dim=1)
         else:
-            output = attended(content, query, key, value, mask)
+            output = attended(content, query, key, value, valid)
         return self.out(joined(output))
 
 
 class FeedForward(nn.Module):
     """Half-step feed-forward layer with Swish."""
 
-    def __init__(self, width: int, factor: int, dropout: float) -> None:
+    def __init__(self, width: int, factor: int) -> None:
         super().__init__()
         self.linear1 = nn.Linear(width, width * factor)
         self.linear2 = nn.Linear(width * factor, width)
-        self.dropout = RecordingDropout(dropout)
 
-    def forward(self, values: Tensor) -> Tensor:
+    def forward(self, values: Tensor, dropout: RecordingDropout) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        return self.linear2(self.dropout(F.silu(self.linear1(values))))
+        return self.linear2(dropout(F.silu(self.linear1(values))))
 
 
 class Convolution(nn.Module):
@@ -205,11 +232,11 @@ class Convolution(nn.Module):
         self.norm = MaskedBatchNorm(width)
         self.pointwise2 = nn.Linear(width, width)
 
-    def forward(self, values: Tensor, mask: Tensor) -> Tensor:
-        """[B, T, D] and mask [B, T] -> [B, T, D]."""
-        gated = F.glu(self.pointwise1(values), dim=2) * mask[:, :, None]
+    def forward(self, values: Tensor, valid: Valid) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        gated = F.glu(self.pointwise1(values), dim=2) * valid.mask[:, :, None]
         local = depthwise(gated, self.depthwise.weight, self.depthwise.bias)
-        return self.pointwise2(F.silu(self.norm(local, mask)))
+        return self.pointwise2(F.silu(self.norm(local, valid)))
 
 
 class ConformerLayer(nn.Module):
@@ -219,23 +246,23 @@ class ConformerLayer(nn.Module):
         super().__init__()
         width = config.width
         self.norm_feed_forward1 = nn.LayerNorm(width)
-        self.feed_forward1 = FeedForward(width, config.feed_forward_factor, config.dropout)
+        self.feed_forward1 = FeedForward(width, config.feed_forward_factor)
         self.norm_attention = nn.LayerNorm(width)
         self.attention = RelativeAttention(width, config.heads, config.dropout)
         self.norm_convolution = nn.LayerNorm(width)
         self.convolution = Convolution(width, config.kernel)
         self.norm_feed_forward2 = nn.LayerNorm(width)
-        self.feed_forward2 = FeedForward(width, config.feed_forward_factor, config.dropout)
+        self.feed_forward2 = FeedForward(width, config.feed_forward_factor)
         self.norm_out = nn.LayerNorm(width)
-        self.dropout = RecordingDropout(config.dropout)
 
-    def forward(self, values: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        """[B, T, D], [1, 2T, D] and mask [B, T] -> [B, T, D]."""
-        add = self.dropout.add
-        values = add(values, self.feed_forward1(self.norm_feed_forward1(values)), 0.5)
-        values = add(values, self.attention(self.norm_attention(values), positions, mask))
-        values = add(values, self.convolution(self.norm_convolution(values), mask))
-        values = add(values, self.feed_forward2(self.norm_feed_forward2(values)), 0.5)
+    def forward(self, values: Tensor, position: Tensor, valid: Valid, dropout: RecordingDropout) -> Tensor:
+        """[B, T, D], projected positions [H, D/H, 2T], valid frames and dropout of this pass -> [B, T, D]."""
+        if not self.training:
+            dropout = RecordingDropout(0.0, values)
+        values = dropout.add(values, self.feed_forward1(self.norm_feed_forward1(values), dropout), 0.5)
+        values = dropout.add(values, self.attention(self.norm_attention(values), position, valid.bias))
+        values = dropout.add(values, self.convolution(self.norm_convolution(values), valid))
+        values = dropout.add(values, self.feed_forward2(self.norm_feed_forward2(values), dropout), 0.5)
         return self.norm_out(values)
 
 
@@ -249,9 +276,8 @@ class Conformer(nn.Module):
 
     def __init__(self, config: ModelConfig, mels: int) -> None:
         super().__init__()
-        self.width, self.whitened = config.width, config.whiten_layers
+        self.width, self.whitened, self.dropout = config.width, config.whiten_layers, config.dropout
         self.subsampling = Subsampling(mels, config.subsampling_channels, config.width)
-        self.dropout = RecordingDropout(config.dropout)
         self.layers = nn.ModuleList(ConformerLayer(config) for _ in range(config.encoder_layers))
 
     @staticmethod
@@ -271,12 +297,19 @@ class Conformer(nn.Module):
         """
         hidden, lengths = self.subsampling(features, lengths)
         mask = valid_mask(lengths, hidden.shape[1])
-        positions = relative_positions(hidden.shape[1], self.width, hidden.device).to(hidden.dtype)
-        hidden = self.dropout(hidden * math.sqrt(self.width))
-        for number, layer in enumerate(self.layers):
-            hidden = layer(hidden, positions, mask)
+        valid, dropout = Valid(mask, hidden.dtype), RecordingDropout(self.dropout if self.training else 0.0, hidden)
+        hidden = dropout(hidden * math.sqrt(self.width))
+        for number, (layer, position) in enumerate(zip(self.layers, self._positions(hidden), strict=True)):
+            hidden = layer(hidden, position, valid, dropout)
             if number == 0 and self.training and self.mixing and float(torch.rand(())) < self.mixing:
                 hidden = mix_style(hidden, mask)
             if number < self.whitened:
                 hidden = whiten(hidden, mask)
         return hidden, lengths
+
+    def _positions(self, hidden: Tensor) -> Tensor:
+        """Relative positions, projected for all layers by one product: [B, T, D] -> [layers, H, D/H, 2T]."""
+        parts = [layer.attention for layer in self.layers if isinstance(layer, ConformerLayer)]
+        positions = relative_positions(hidden.shape[1], self.width, hidden.device).to(hidden.dtype)
+        projected = F.linear(positions, torch.cat([part.position.weight for part in parts]))
+        return projected.unflatten(1, (len(parts), -1, parts[0].head_width)).permute(1, 2, 3, 0).contiguous()

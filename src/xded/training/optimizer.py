@@ -43,19 +43,20 @@ class AdamW(torch.optim.AdamW):
         return norm
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update, in one pass."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group, part in zip(self.param_groups, self.part_of_group, strict=True):
-            parameters, gradients, means, squares, largest, counts = lists = ([], [], [], [], [], [])
+            lists: list[list[Tensor]] = [[] for _ in range(6)]  # parameters, gradients, two means, none, updates
             self._init_group(group, *lists)
-            torch._foreach_add_(counts, 1)
+            if not lists[0]:
+                continue
+            torch._foreach_add_(lists[5], 1)
             torch._fused_adamw_(
-                parameters, gradients, means, squares, largest, counts,
-                lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
+                *lists, lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
                 weight_decay=group["weight_decay"], amsgrad=False, maximize=False, grad_scale=self.excess.get(part),
             )  # fmt: skip
         self.excess.clear()
