@@ -175,7 +175,7 @@ def test_agreement_is_the_loss_of_the_paper() -> None:
     mean = scores[:2].detach().mean(0)
     for row in range(2):
         kl = F.kl_div((scores[row] / 4).log_softmax(0), (mean / 4).softmax(0), reduction="sum") * 16
-        assert float(loss[row].detach()) == pytest.approx(float(kl), rel=1e-4)
+        assert float(loss[row].detach()) == pytest.approx(float(kl.detach()), rel=1e-4)
     assert float(loss[2].detach()) == 0.0  # nobody else says it
     loss.sum().backward()
     assert scores.grad is not None
