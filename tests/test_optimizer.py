@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -22,28 +23,64 @@ def loss_of(first: nn.Module, second: nn.Module, update: int) -> Tensor:
     return 10.0 ** (1 - update) * (second(inner.detach()).square().sum() + 9.0 * inner.square().sum())
 
 
+def reference_for(first: nn.Module, second: nn.Module) -> torch.optim.AdamW:
+    groups = parameter_groups(first, 0.1) + parameter_groups(second, 0.1)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-9)
+
+
 def test_updates_are_those_of_torch_after_clipping_each_part() -> None:
+    """Some are frozen now and then: the counts of their updates differ, within a part and between parts."""
     ours, plain = two_parts(), two_parts()
-    optimizer = AdamW(list(ours), 0.1)
-    groups = parameter_groups(plain[0], 0.1) + parameter_groups(plain[1], 0.1)
-    reference = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-9)
+    optimizer, reference = AdamW(list(ours), 0.1), reference_for(*plain)
     clipped = []
-    for update in range(6):  # the gradient becomes small: not all are clipped
-        for each in (optimizer, reference):
+    for update in range(8):  # the gradient becomes small: not all are clipped
+        for each, parts in ((optimizer, ours), (reference, plain)):
             each.zero_grad()
+            parts[0].get_submodule("0").requires_grad_(update not in (2, 3, 5))
+            parts[1].requires_grad_(update not in (0, 4))
             for group in each.param_groups:
                 group["lr"] = 0.01 / (update + 1)
-        loss_of(*ours, update).backward()
-        loss_of(*plain, update).backward()
+            loss_of(*parts, update).backward()
         for part, module in enumerate(plain):
             norm = torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
             torch.testing.assert_close(optimizer.clip(part, 1.0), norm)
             clipped.append(bool(norm > 1.0))
         optimizer.step()
         reference.step()
+        if update == 5:  # as a run that is resumed
+            state = copy.deepcopy(optimizer.state_dict())
+            optimizer = AdamW(list(ours), 0.1)
+            optimizer.load_state_dict(state)
         for own, other in zip(nn.ModuleList(ours).parameters(), nn.ModuleList(plain).parameters(), strict=True):
             torch.testing.assert_close(own, other, atol=1e-6, rtol=1e-5)
+    counts = [[float(optimizer.state[p]["step"]) for p in part.parameters()] for part in ours]
+    assert counts == [[5.0, 5.0, 8.0, 8.0], [6.0, 6.0]]
     assert set(clipped[::2]) == set(clipped[1::2]) == {False, True}
+
+
+def test_a_state_that_is_put_back_in_the_same_optimiser_counts() -> None:
+    ours, plain = two_parts(), two_parts()
+    optimizer = AdamW(list(ours), 0.1, lr=0.01)
+    loss_of(*ours, 1).backward()
+    optimizer.step()
+    weights, state = (copy.deepcopy(each.state_dict()) for each in (nn.ModuleList(ours), optimizer))
+    optimizer.step()
+    after = copy.deepcopy(ours[0].state_dict())
+    nn.ModuleList(ours).load_state_dict(weights)
+    optimizer.load_state_dict(state)
+    optimizer.step()
+    assert all(torch.equal(after[name], value) for name, value in ours[0].state_dict().items())
+    assert all(not torch.equal(after[name], value) for name, value in plain[0].state_dict().items())
+
+
+def test_gradients_are_given_back() -> None:
+    first, second = two_parts()
+    optimizer = AdamW([first, second], 0.1, lr=0.01)
+    loss_of(first, second, 1).backward()
+    held = [weakref.ref(p.grad) for p in first.parameters() if p.grad is not None]
+    optimizer.step()
+    optimizer.zero_grad()
+    assert [gradient() for gradient in held] == [None] * 4
 
 
 def test_a_step_takes_the_gradients_of_its_closure_and_the_clipping_in_it() -> None:
@@ -108,8 +145,7 @@ def test_its_state_is_that_of_torch() -> None:
     optimizer = AdamW([first, second], 0.1, lr=0.1)
     loss_of(first, second, 1).backward()
     optimizer.step()
-    groups = parameter_groups(first, 0.1) + parameter_groups(second, 0.1)
-    reference = torch.optim.AdamW(groups, fused=True)
+    reference = reference_for(first, second)
     reference.load_state_dict(optimizer.state_dict())
     again = AdamW([first, second], 0.1)
     again.load_state_dict(reference.state_dict())

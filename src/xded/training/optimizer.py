@@ -31,6 +31,7 @@ class AdamW(torch.optim.AdamW):
         super().__init__(groups, lr=lr, betas=(0.9, 0.98), eps=1e-9, fused=True)
         self.part_of_group = [number for number, of_part in enumerate(of_parts) for _ in of_part]
         self.excess: dict[int, Tensor] = {}
+        self.lists: dict[int, tuple[list[bool], list[list[Tensor]]]] = {}
         self._step_supports_amp_scaling = False  # the loss scaler of 16-mixed divides before the norm is taken
 
     def clip(self, part: int, most: float) -> Tensor:
@@ -49,15 +50,37 @@ class AdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group, part in zip(self.param_groups, self.part_of_group, strict=True):
-            lists: list[list[Tensor]] = [[] for _ in range(6)]  # parameters, gradients, two means, none, updates
-            self._init_group(group, *lists)
+        for number, (group, part) in enumerate(zip(self.param_groups, self.part_of_group, strict=True)):
+            lists = self._trained(number, group)
             if not lists[0]:
                 continue
-            torch._foreach_add_(lists[5], 1)
+            for count in set(lists[5]):
+                count += 1
             torch._fused_adamw_(
                 *lists, lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
                 weight_decay=group["weight_decay"], amsgrad=False, maximize=False, grad_scale=self.excess.get(part),
             )  # fmt: skip
         self.excess.clear()
         return loss
+
+    def _trained(self, number: int, group: dict[str, Any]) -> list[list[Tensor]]:
+        """Parameters that have a gradient, gradients, means, squares, (of AMSGrad,) counts of their updates.
+
+        Only the gradients are new in each step. Counts that are equal are one tensor, until others have a gradient.
+        """
+        gradients = [p.grad for p in group["params"]]
+        having = [gradient is not None for gradient in gradients]
+        if number not in self.lists or self.lists[number][0] != having:
+            lists: list[list[Tensor]] = [[] for _ in range(6)]
+            self._init_group(group, *lists)
+            counts: dict[float, Tensor] = {}
+            for parameter, count in zip(lists[0], lists[5], strict=True):
+                self.state[parameter]["step"] = counts.setdefault(float(count), count.clone())
+            lists[1], lists[5] = [], [self.state[parameter]["step"] for parameter in lists[0]]
+            self.lists[number] = having, lists
+        parameters, _, *others = self.lists[number][1]
+        return [parameters, [gradient for gradient in gradients if gradient is not None], *others]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.lists = {}
