@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from xded.config import FeatureConfig, ModelConfig
 from xded.features import valid_mask
-from xded.models.attention import attend, keep, masked
+from xded.models.attention import attend, keep
 from xded.models.conformer import (
     MaskedBatchNorm,
     RecordingDropout,
@@ -183,18 +183,18 @@ def test_attention_by_its_definition(frames: int) -> None:
             distance = (query[b, h, i] + layer.position_bias[h]) @ by_head[h, :, frames - (i - j)]
             scores[b, h, i, j] = (content + distance) / 2.0  # sqrt of D/H = 4
     expected = layer.out((scores.softmax(3) @ value).transpose(1, 2).flatten(2))
-    torch.testing.assert_close(layer(values, by_head, masked(mask, values.dtype)[:, None]), expected)
+    torch.testing.assert_close(layer(values, by_head, Valid(mask, values.dtype)), expected)
 
 
 def test_attention_of_few_recordings_at_a_time_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     layer = RelativeAttention(8, 2, dropout=0.0).train()
     values, position = torch.randn(5, 6, 8), torch.randn(2, 4, 12)
-    bias = masked(valid_mask(torch.tensor([6, 2, 5, 6, 1]), 6), values.dtype)[:, None]
+    valid = Valid(valid_mask(torch.tensor([6, 2, 5, 6, 1]), 6), values.dtype)
     outputs = []
     for most in (2**21, 2 * 2 * 6 * 6, 1):  # all, two, one at a time
         monkeypatch.setattr("xded.models.conformer.SCORES_AT_ONCE", most)
-        outputs.append(layer(values, position, bias))
+        outputs.append(layer(values, position, valid))
     for output in outputs[1:]:
         torch.testing.assert_close(output, outputs[0])
 

@@ -175,37 +175,29 @@ class RelativeAttention(nn.Module):
         self.position_bias = nn.Parameter(torch.zeros(heads, self.head_width))
         self.dropout = dropout
 
-    def forward(self, values: Tensor, position: Tensor, valid: Tensor) -> Tensor:
-        """Attends.
-
-        Args:
-            values: [B, T, D].
-            position: projected relative positions, by head [H, D/H, 2T].
-            valid: bias of `attend` [B, 1, T].
-
-        Returns:
-            [B, T, D].
-        """
+    def forward(self, values: Tensor, position: Tensor, valid: Valid) -> Tensor:
+        """[B, T, D] and projected relative positions, by head [H, D/H, 2T] -> [B, T, D]."""
         scale = 1.0 / math.sqrt(self.head_width)  # of the queries: their products are many more
         weight = torch.cat([self.query.weight * scale, self.key.weight, self.value.weight])  # one product for three
         asked = scale * (self.query.bias + self.content_bias.flatten())
-        bias = torch.cat([asked, self.key.bias, self.value.bias])
-        content, key, value = in_heads(F.linear(values, weight, bias), self.head_width).chunk(3)  # [H, B, T, D/H]
+        projected = F.linear(values, weight, torch.cat([asked, self.key.bias, self.value.bias]))
+        content, key, value = in_heads(projected, self.head_width).chunk(3)  # [H, B, T, D/H]
         instead = scale * (self.position_bias - self.content_bias)
         query = content + instead.to(content.dtype)[:, None, None]
 
-        def attended(content: Tensor, query: Tensor, key: Tensor, value: Tensor, valid: Tensor) -> Tensor:
+        def attended(content: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
             distance = torch.matmul(query.flatten(1, 2), position).unflatten(1, query.shape[1:3])
-            return attend(content, key, value, relative_shift(distance) + valid, self.dropout if self.training else 0.0)
+            return attend(content, key, value, relative_shift(distance) + bias, self.dropout if self.training else 0.0)
 
-        if self.training and values.is_cpu and self.heads * valid.numel() * valid.shape[2] > SCORES_AT_ONCE:
+        scores = self.heads * values.shape[1] ** 2  # of a recording
+        if self.training and values.is_cpu and len(values) * scores > SCORES_AT_ONCE:
             # of long recordings few at a time, so that their scores stay in the processor's cache
-            at_once = max(1, SCORES_AT_ONCE // (self.heads * valid.shape[2] ** 2))
+            at_once = max(1, SCORES_AT_ONCE // scores)
             split = [part.split(at_once, dim=1) for part in (content, query, key, value)]
-            parts = zip(*split, valid.split(at_once), strict=True)
+            parts = zip(*split, valid.bias.split(at_once), strict=True)
             output = torch.cat([attended(*part) for part in parts], dim=1)
         else:
-            output = attended(content, query, key, value, valid)
+            output = attended(content, query, key, value, valid.bias)
         return self.out(joined(output))
 
 
@@ -256,11 +248,11 @@ class ConformerLayer(nn.Module):
         self.norm_out = nn.LayerNorm(width)
 
     def forward(self, values: Tensor, position: Tensor, valid: Valid, dropout: RecordingDropout) -> Tensor:
-        """[B, T, D], projected positions [H, D/H, 2T], valid frames and dropout of this pass -> [B, T, D]."""
+        """[B, T, D] and projected relative positions, by head [H, D/H, 2T] -> [B, T, D]."""
         if not self.training:
             dropout = RecordingDropout(0.0, values)
         values = dropout.add(values, self.feed_forward1(self.norm_feed_forward1(values), dropout), 0.5)
-        values = dropout.add(values, self.attention(self.norm_attention(values), position, valid.bias))
+        values = dropout.add(values, self.attention(self.norm_attention(values), position, valid))
         values = dropout.add(values, self.convolution(self.norm_convolution(values), valid))
         values = dropout.add(values, self.feed_forward2(self.norm_feed_forward2(values), dropout), 0.5)
         return self.norm_out(values)
