@@ -135,6 +135,27 @@ def test_a_loss_scaler_leaves_out_an_update_that_overflows() -> None:
     first, second = two_parts()
     before = copy.deepcopy(first.state_dict())
     optimizer, scaler = AdamW([first, second], 0.0, lr=0.1), torch.amp.GradScaler("cpu")
+    scaler.scale(loss_of(first, second, 1)).backward()
+    for parameter in first.parameters():
+        parameter.grad = torch.full_like(parameter, torch.inf)
+    scaler.unscale_(optimizer)
+    assert optimizer.clip(0, 1.0) == torch.inf
+    scaler.step(optimizer)
+    assert all(torch.equal(before[name], value) for name, value in first.state_dict().items())
+    scaler.update()
+    optimizer.zero_grad()
+    scaler.scale(loss_of(first, second, 1)).backward()  # the next one is not clipped by the norm of the one left out
+    scaler.unscale_(optimizer)
+    optimizer.clip(0, 1e9)
+    scaler.step(optimizer)
+    assert all(not torch.equal(before[name], value) for name, value in first.state_dict().items())
+
+
+def test_a_loss_scaler_takes_the_gradients_as_they_are() -> None:
+    """Without `unscale_`: it does that itself, as the optimiser says that it does not."""
+    first, second = two_parts()
+    before = copy.deepcopy(first.state_dict())
+    optimizer, scaler = AdamW([first, second], 0.0, lr=0.1), torch.amp.GradScaler("cpu")
     scaler.scale(torch.inf * loss_of(first, second, 1)).backward()
     scaler.step(optimizer)
     assert all(torch.equal(before[name], value) for name, value in first.state_dict().items())

@@ -57,7 +57,7 @@ class Xded:
             with torch.inference_mode():
                 encoded, lengths = self.student.encode(*self.student.front_end(waveforms, samples))
             self.batch.encoded, self.batch.encoded_lengths = encoded.clone(), lengths.clone()
-        self.optimizer = AdamW([self.student], 0.01, lr=1e-4)
+        self.optimizer = AdamW([self.student], 0.01)
 
     def loss(self) -> Tensor:
         """Forward and loss, as the project's loop has them."""

@@ -145,7 +145,7 @@ class Peer:
             self.encoder.requires_grad_(False).eval()
         both = (*self.encoder.parameters(), *self.heads.parameters())
         self.parameters = [p for p in both if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, fused=True)
+        self.optimizer = torch.optim.AdamW(self.parameters, fused=True)
 
     def loss(self) -> Tensor:
         """Forward and loss."""
@@ -186,6 +186,8 @@ def main() -> None:
         trained: Any = Xded(case, *batch)
     else:
         trained = Peer(library, case, *batch)
+    for group in trained.optimizer.param_groups:
+        group["lr"] = LEARNING_RATE
 
     def step() -> None:
         trained.optimizer.zero_grad(set_to_none=True)

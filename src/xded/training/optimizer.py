@@ -30,7 +30,7 @@ class AdamW(torch.optim.AdamW):
         groups = [group for of_part in of_parts for group in of_part]
         super().__init__(groups, lr=lr, betas=(0.9, 0.98), eps=1e-9, fused=True)
         self.part_of_group = [number for number, of_part in enumerate(of_parts) for _ in of_part]
-        self.excess: dict[int, Tensor] = {}
+        self.excess: dict[int, Tensor | None] = {}
         self.lists: dict[int, tuple[list[bool], list[list[Tensor]]]] = {}
         self._step_supports_amp_scaling = False  # the loss scaler of 16-mixed divides before the norm is taken
 
@@ -39,8 +39,7 @@ class AdamW(torch.optim.AdamW):
         pairs = zip(self.param_groups, self.part_of_group, strict=True)
         parameters = [p for group, of in pairs if of == part for p in group["params"]]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if norm > most:
-            self.excess[part] = norm / most
+        self.excess[part] = norm / most if norm > most else None  # also after a step that the loss scaler left out
         return norm
 
     @torch.no_grad()
