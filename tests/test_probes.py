@@ -49,6 +49,7 @@ def trained(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that has learned the tones, decoded through the decoder."""
     train = {"stages": ({"epochs": 16, "peak_lr": 1e-2},), "batch_size": 8, "validate_every_epochs": 16}
     sections: dict[str, Any] = {"fold": {"held_out": ["t3"]}, "decode": {"mode": "decoder"}, "augment": STILL}
+    sections["seed"] = 3  # of 0 to 3 the one whose attention moves along the audio: so few updates may leave it without
     job = job_for(corpus, tmp_path_factory.mktemp("runs") / "run", train=train, **sections)
     return fit(job, quiet=True)
 
@@ -74,11 +75,9 @@ def fired(bench: Bench, names: Sequence[str] = QUICK) -> dict[str, Finding]:
 def test_a_healthy_run_passes_every_probe(recogniser: Recogniser, corpus: Corpus) -> None:
     examination = Examination()
     probes.examine_probes(examination, recogniser, corpus, recogniser.config)
-    assert {found.severity for found in examination.findings} <= {"note"}  # of so small a decoder's attention
+    assert examination.findings == []
     assert examination.unchecked == []
-    noted = {found.check for found in examination.findings}
-    assert [done.check for done in examination.passed] == [name for name in probes.PROBES if name not in noted]
-    assert noted <= {"attention"}
+    assert [done.check for done in examination.passed] == list(probes.PROBES)
 
 
 def test_an_untrained_model_is_no_fault(bench: Bench) -> None:
